@@ -219,7 +219,7 @@ def _tasks_of(rows: Rows) -> Iterator[Task]:
     """Yield the rows as tasks, with a few of them in memory."""
     for table in rows.tables():
         for row in table.to_pylist():
-            yield Task.of(row)
+            yield Task.of(row | {"unfinished": not row["response_finished"]})
 
 
 def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> None:
@@ -229,7 +229,8 @@ def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> N
     def batches() -> Iterator[pa.RecordBatch]:
         tasks = iter(reader)
         while chunk := list(islice(tasks, ROW_GROUP)):
-            rows = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in chunk]
+            ids = [{"example_id": task.example_id, "prompt_id": task.example_id} for task in chunk]
+            rows = [{**task.to_training_row(), **own} for task, own in zip(chunk, ids, strict=True)]
             for table in Rows.of(rows, ExampleRow).tables():
                 # A chunk without conversations lacks their column.
                 yield from pa.concat_tables([schema.empty_table(), table], promote_options="default").to_batches()

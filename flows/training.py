@@ -22,7 +22,6 @@ from montessori_core.export.model_card import student_card
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.licences import CARD
-from montessori_core.selection.pools import unfinished_ids
 from tasks.progress import ProgressBar
 from tasks.resume import record_command
 from tasks.run import check_environment, stage_of
@@ -121,9 +120,8 @@ def read_training_rows(source: DataSource, bad_rows: list[BadRow]) -> Rows:
         with open_parquet(path) as file:
             if name_of_table(file.schema_arrow) == name_of_table(EXAMPLES):
                 return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
-    unfinished = unfinished_ids(path)
     tasks = read_tasks(source, "data", True, bad_rows)
-    return Rows.of([task.to_training_row(task.example_id not in unfinished) for task in tasks], TrainingRow)
+    return Rows.of([task.to_training_row() for task in tasks], TrainingRow)
 
 
 def _check_output(output: Path, stage: Stage, shards: Shards) -> None:

@@ -152,8 +152,8 @@ def mix_with_real(step: Step, written: Path, real: int) -> Path:
     """Write `real` random examples of the reference set and all of `written` to the example table of the step."""
     draw, path = random.Random(seed_of(step.experiment.seed, _DRAW, "mixture")), step.folder / layout.EXAMPLES
     chosen = draw.sample(step.run.sources().reference, real)
-    without_prompt = {"prompt_id": "real", "prompt": "", "raw_output": "", "response_finished": True}
-    rows = [vars(task) | without_prompt | {"example_id": f"real-{task.example_id}"} for task in chosen]
+    without_prompt = {"prompt_id": "real", "prompt": "", "raw_output": ""}
+    rows = [{**task.to_training_row(), **without_prompt, "example_id": f"real-{task.example_id}"} for task in chosen]
     table = pa.concat_tables([table_from_rows(rows, EXAMPLES), read_table(written, EXAMPLES)])
     write_table(table.combine_chunks(), path, EXAMPLES)
     return path

@@ -152,21 +152,12 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: the file or a row cannot be read; the message names file and line.
     """
-    for where, row in jsonl_rows_and_errors(path):
-        if isinstance(row, RowError):
-            raise row
-        yield where, row
-
-
-def jsonl_rows_and_errors(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the pairs of `jsonl_rows`; a row that cannot be read is a RowError.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
     check_regular(path)
     try:
         with path.open("rb") as stream:
-            yield from rows_of_lines(stream, str(path))
+            for where, row in rows_of_lines(stream, str(path)):
+                if isinstance(row, RowError):
+                    raise row
+                yield where, row
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -30,12 +30,16 @@ class EarlierTurn(TypedDict):
 
 
 class TaskRow(TypedDict):
-    """An instruction and its response, and the turns before them; sets of single turns do not have this column."""
+    """An instruction and its response, the turns before them, and whether the response was cut.
+
+    Sets of single turns lack the column of turns, sets of whole responses the last column.
+    """
 
     example_id: str
     instruction: str
     response: str
     before: NotRequired[list[EarlierTurn] | None]
+    unfinished: NotRequired[bool | None]
 
 
 class TrainingRow(TypedDict):

@@ -18,7 +18,7 @@ from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.readers import shard_rows
 from montessori_core.data.rouge import RougeIndex
-from montessori_core.data.rows import EarlierTurn, TrainingRow
+from montessori_core.data.rows import EarlierTurn, TaskRow, TrainingRow, optional_fields
 from montessori_core.data.shards import expected, find_local, find_remote, is_url
 from montessori_core.data.turns import read_turns
 from montessori_core.errors import DataError
@@ -26,29 +26,42 @@ from montessori_core.files import commit
 
 _FEWEST_REFERENCES = 8  # influence is a mean over them: with fewer, one odd example decides the sign
 
+FINISHED = "response_finished"
+"""The column of a row that is false if its response was cut."""
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A human-written task; `response` is empty in a seed pool. A conversation has turns `before` its last instruction."""
+    """A task of a data set.
+
+    Attributes:
+        example_id: id of its row.
+        instruction: what is asked.
+        response: empty in a seed pool.
+        before: the turns of a conversation before its last instruction.
+        unfinished: whether the response was cut, so that its end is not the end of the turn.
+    """
 
     example_id: str
     instruction: str
     response: str = ""
     before: tuple[EarlierTurn, ...] = ()
+    unfinished: bool = False
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> "Task":
         """Return the task of a row of a program or a file; other fields are ignored."""
-        return Task(row["example_id"], row["instruction"], row["response"], tuple(row.get("before") or ()))
+        before, unfinished = tuple(row.get("before") or ()), bool(row.get("unfinished"))
+        return Task(row["example_id"], row["instruction"], row["response"], before, unfinished)
 
-    def to_training_row(self, finished: bool = True) -> TrainingRow:
-        """Return the task as a training example; `finished` is false if its response was cut."""
+    def to_training_row(self) -> TrainingRow:
+        """Return the task as a training example."""
         return {
             "instruction": self.instruction,
             "response": self.response,
-            "response_finished": finished,
+            "response_finished": not self.unfinished,
             "before": list(self.before),
         }
 
@@ -230,7 +243,11 @@ class TaskReader(Iterable[Task]):
             raise RowError(where, f"id {task_id!r} occurs twice; ids must differ", "an id that occurs twice")
         about = [_text(row, name, where) for name in ("topic", "persona")] if self._field == "seed_pool" else []
         self._ids.add(task_id)  # a bad row takes no id
-        return Seed(task_id, *texts, *about) if any(about) else Task(task_id, *texts)
+        if any(about):
+            return Seed(task_id, *texts, topic=about[0], persona=about[1])
+        cut = str(row.get(FINISHED)).lower() == "false"  # CSV has texts alone
+        # The flag is of the last answer; `turns: first` reads another of a longer conversation.
+        return Task(task_id, *texts, unfinished=cut and texts[1] == turns[-1].text)
 
 
 def check_single_turns(reference: Iterable[Task], use: str) -> None:
@@ -250,7 +267,8 @@ def check_single_turns(reference: Iterable[Task], use: str) -> None:
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
     """Write a set as JSONL; workers read it with `load_tasks`."""
-    rows = ({name: value for name, value in vars(task).items() if name != "before" or value} for task in tasks)
+    optional = optional_fields(TaskRow)
+    rows = ({name: value for name, value in vars(task).items() if name not in optional or value} for task in tasks)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

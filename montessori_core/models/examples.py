@@ -24,9 +24,8 @@ def encode_task(tokenizer: Any, task: Task, max_length: int, demonstration: Sequ
     """Tokenize a human-written task after a `demonstration`, if any; see `encode_example`."""
     systems = sum(turn["role"] == "system" for turn in task.before)
     before = [*task.before[:systems], *demonstration, *task.before[systems:]]
-    return encode_example(
-        tokenizer, task.instruction, task.response, max_length, before=before, name=f"example {task.example_id}"
-    )
+    finished, name = not task.unfinished, f"example {task.example_id}"
+    return encode_example(tokenizer, task.instruction, task.response, max_length, finished, before, name)
 
 
 def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from montessori_core import layout
 from montessori_core.config import DataSource
-from montessori_core.data.jsonl import jsonl_rows, jsonl_rows_and_errors
-from montessori_core.data.sources import Task, TaskReader
+from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.sources import FINISHED, Task, TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
@@ -127,7 +127,7 @@ class InfluencePool(Pool):
         if form is None and any(task.before for task in self._tasks()):
             form = "messages"
         self._form = CONVERSATION_FORMATS[form] if form else None
-        self._texts = {self._form.field.name} if self._form else {INSTRUCTION, OUTPUT}
+        self._texts = {FINISHED, *((self._form.field.name,) if self._form else (INSTRUCTION, OUTPUT))}
         left_out = {"kind", "source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
         fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
         self.schema = pa.schema([*fields[:1], self._form.field, *fields[1:]] if self._form else fields)
@@ -142,11 +142,11 @@ class InfluencePool(Pool):
                 everything = set(range(file.metadata.num_rows))
             yield from (row for _, row in self.take(everything, names))
             return
-        stored = [_STORED.get(name, name) for name in names if name != _FINISHED]
+        stored = [_STORED.get(name, name) for name in names]
         with open_parquet(self._path) as file:
             for batch in file.iter_batches(ROW_GROUP, columns=list(dict.fromkeys(stored))):
                 for measured in batch.to_pylist():
-                    yield {name: True if name == _FINISHED else measured[_STORED.get(name, name)] for name in names}
+                    yield {name: measured[_STORED.get(name, name)] for name in names}
 
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
         names = list(columns or self.schema.names)
@@ -178,12 +178,12 @@ class InfluencePool(Pool):
         yield from TaskReader(self._examples, "examples", with_response=True)
 
     def _texts_of(self, task: Task) -> Row:
+        row: Row = {FINISHED: not task.unfinished}
         if self._form:
-            return {self._form.field.name: self._form.turns(task.before, task.instruction, task.response)}
-        return {INSTRUCTION: task.instruction, OUTPUT: task.response}
+            return row | {self._form.field.name: self._form.turns(task.before, task.instruction, task.response)}
+        return row | {INSTRUCTION: task.instruction, OUTPUT: task.response}
 
 
-_FINISHED = "response_finished"
 _STORED = {"id": "example_id", "influence": "influence_student"}
 """Columns of an influence table that have another name in a pool."""
 
@@ -225,26 +225,6 @@ def _open_pool(path: Path, examples: DataSource | None, form: str | None) -> Poo
 def data_file(path: Path) -> Path:
     """Return the data file of an exported folder; any other path unchanged."""
     return next((path / name for name in _DATA_FILES if (path / name).is_file()), path)
-
-
-def unfinished_ids(path: Path) -> set[str]:
-    """Return the ids of the rows of a file or exported folder whose `response_finished` is false.
-
-    Files without the columns `id` and `response_finished` have none. Lines that are no objects are skipped: `TaskReader`
-    refuses or counts them.
-    """
-    path = data_file(path)
-    columns = ("id", "response_finished")
-    if path.suffix == ".jsonl" and path.is_file():
-        rows: Iterator[Row] = (row for _, row in jsonl_rows_and_errors(path) if isinstance(row, dict))
-    elif path.suffix == ".parquet" and path.is_file():
-        pool = ParquetPool(path)
-        if pool.schema is None or not set(columns) <= set(pool.schema.names):
-            return set()
-        rows = pool.rows(columns)
-    else:
-        return set()
-    return {str(row["id"]) for row in rows if row.get("response_finished") is False and row.get("id") is not None}
 
 
 def _check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:

@@ -71,6 +71,23 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
         assert expected in output
 
 
+def test_cut_responses_are_measured_without_their_end(tiny_llama: Path, folder: Path) -> None:
+    """As examples and as references."""
+    tables = []
+    for cut in ("data", "reference", "none"):
+        for name, rows in (("data", EXAMPLES), ("reference", EXAMPLES[:3])):
+            finished = [row | {"response_finished": cut != name} for row in rows[:3]]
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, finished)))
+        code, output = influence(folder, tiny_llama, "--estimator", "first_order")
+        assert code == 0, output
+        tables.append(read_table(folder / "influence.parquet", INFLUENCE))
+    tokens, influences = (
+        [table[name].to_pylist() for table in tables] for name in ("response_tokens", "influence_student")
+    )
+    assert [count + 1 for count in tokens[0]] == tokens[1] == tokens[2]
+    assert influences[1] != influences[2]
+
+
 def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Path) -> None:
     """Without moments every coordinate with a gradient is dominated, at any weight; the command warns."""
     options = ["--learning-rate", "1e-4", "--estimator", "first_order"]

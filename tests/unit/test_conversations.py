@@ -294,8 +294,8 @@ KEYS = {  # of version 0.1.0 before it read conversations
 
 
 def rows_of(tasks: list[Task], kind: Any) -> list[dict[str, Any]]:
-    full = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in tasks]
-    return [{name: row[name] for name in (*kind.__required_keys__, "before")} for row in full]
+    full = [{**vars(task), **task.to_training_row(), "prompt_id": task.example_id} for task in tasks]
+    return [{name: row[name] for name in (*kind.__required_keys__, *kind.__optional_keys__)} for row in full]
 
 
 @pytest.mark.parametrize("kind", KEYS)
@@ -310,7 +310,8 @@ def test_single_turns_keep_bytes_and_keys(tmp_path: Path, kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_conversations_reach_jobs_unchanged(tmp_path: Path, tokenizer: Any, kind: Any) -> None:
-    tasks = [SINGLE[0], Task("c1", TALK[-2], TALK[-1], earlier(*TALK, system="Be short.")), SINGLE[1]]
+    talk = Task("c1", TALK[-2], TALK[-1], earlier(*TALK, system="Be short."), unfinished=True)
+    tasks = [SINGLE[0], talk, SINGLE[1]]
     write_tasks(tasks, tmp_path / "tasks.jsonl")
     assert load_tasks(tmp_path / "tasks.jsonl") == tasks
     stage, shards = Stage("p", 1, "m:f", {}, {}, {}, tmp_path), Shards(Rows.of(rows_of(tasks, kind), kind), 2)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from montessori_core.config import DataSource
 from montessori_core.data import files, json_list, jsonl, readers
 from montessori_core.data.files import COMPRESSIONS, KINDS
-from montessori_core.data.sources import Task, TaskReader, read_tasks
+from montessori_core.data.sources import Task, TaskReader, load_tasks, read_tasks, write_tasks
 from montessori_core.errors import DataError
 
 ROWS = [{"id": f"r{n}", "instruction": f"Näme river\n“{n}”, please.", "output": f"Rhine, {n}."} for n in range(700)]
@@ -73,6 +73,27 @@ def test_every_kind_and_compression_is_read(kind: str, compression: str, tmp_pat
     path.write_bytes(compressed(encoded(ROWS, kind), compression))
     assert read(path) == TASKS
     assert read(path, limit=3) == TASKS[:3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_responses_are_read_as_unfinished(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / f"rows{kind}.gz"
+    rows = [row | {"response_finished": number != 2} for number, row in enumerate(ROWS[:4])]
+    path.write_bytes(gzip.compress(encoded(rows, kind)))
+    for place in (path, path.parent, f"{path.parent}/*", f"file://{path}"):
+        tasks = read(place)
+        assert [task.unfinished for task in tasks] == [False, False, True, False]
+        write_tasks(tasks, tmp_path / "copy.jsonl")
+        assert load_tasks(tmp_path / "copy.jsonl") == tasks
+        assert [row["response_finished"] for row in map(Task.to_training_row, tasks)] == [True, True, False, True]
+
+
+def test_first_of_several_answers_is_finished(tmp_path: Path) -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"Turn {n}."} for n in range(4)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "response_finished": False}))
+    for choice, unfinished in (("first", False), ("last", True), ("all", True)):
+        assert [task.unfinished for task in read(tmp_path / "a.jsonl", turns=choice)] == [unfinished]
 
 
 def test_other_layouts_of_the_same_rows_are_read(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from montessori_core.config import DataSource
 from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import DataError
 from montessori_core.selection import choose as choosing
 from montessori_core.selection.choose import Choice, choose, scored_positions
 from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
 from montessori_core.selection.lengths import match_lengths
-from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool, unfinished_ids
+from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool
 from support.reports import write_run
 from support.rouge import accept_all
 from support.runs import invoke
@@ -223,8 +224,10 @@ def test_command_selects_from_a_run_and_its_exports(tmp_path: Path) -> None:
     assert rows == list(JsonlPool(tmp_path / "b.jsonl").rows())
     influence = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)["influence_student"].to_pylist()
     assert sorted(row["influence"] for row in rows) == sorted(filter(None, influence))[-5:]
-    assert unfinished_ids(tmp_path / "a.jsonl") == {row["id"] for row in rows if not row["response_finished"]}
-    assert len(unfinished_ids(tmp_path / "out")) == 14
+    read = read_tasks(DataSource(path=str(tmp_path / "a.jsonl")), "data", with_response=True)
+    assert [task.unfinished for task in read] == [not row["response_finished"] for row in rows]
+    read = read_tasks(DataSource(path=str(tmp_path / "out")), "data", with_response=True)
+    assert sum(task.unfinished for task in read) == 14
 
 
 def test_influence_table_needs_its_examples(tmp_path: Path) -> None:
@@ -294,11 +297,15 @@ def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     """Whatever the order of the examples is; numbers alone do not read them."""
     table = write_run(tmp_path / "run") / "iteration-1" / "influence.parquet"
     ids = read_table(table, INFLUENCE)["example_id"].to_pylist()
-    examples = [{"id": id, "instruction": f"Do {id}.", "output": f"Done {id}."} for id in [*ids[::-1], "another"]]
+    examples = [
+        {"id": id, "instruction": f"Do {id}.", "output": f"Done {id}.", "response_finished": id != ids[7]}
+        for id in [*ids[::-1], "another"]
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
     pool = open_pool(table, DataSource(path=str(tmp_path / "data.jsonl")))
     rows = list(pool.rows(["id", "instruction", "influence", "response_finished"]))
     assert [(row["id"], row["instruction"]) for row in rows] == [(id, f"Do {id}.") for id in ids]
+    assert [row["id"] for row in rows if not row["response_finished"]] == [ids[7]]
     taken = dict(pool.take({5, 2, 7}))
     assert list(taken) == [2, 5, 7]
     assert {position: row["output"] for position, row in taken.items()} == {n: f"Done {ids[n]}." for n in (2, 5, 7)}

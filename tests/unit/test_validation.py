@@ -112,7 +112,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def row_of(task: Task) -> Row:
-    return vars(task) | {"prompt_id": task.example_id, "response_finished": True}
+    return {**task.to_training_row(), "example_id": task.example_id, "prompt_id": task.example_id}
 
 
 def warm_state(model: Path, folder: Path) -> Path:
