@@ -172,6 +172,7 @@ class TaskReader(Iterable[Task]):
         tasks: number of them that can be used.
         conversations: number of these that have earlier turns.
         bad_rows: rows left out; see `DataSource.drop_bad_rows`.
+        row: all columns of the last task.
     """
 
     def __init__(self, source: DataSource, field: str, with_response: bool) -> None:
@@ -180,6 +181,7 @@ class TaskReader(Iterable[Task]):
         self.format: DataFormat | None = None
         self.rows = self.tasks = self.conversations = 0
         self.bad_rows: list[BadRow] = []
+        self.row: Mapping[str, Any] = {}
         self._ids: set[str] = set()
 
     def __iter__(self) -> Iterator[Task]:
@@ -201,6 +203,7 @@ class TaskReader(Iterable[Task]):
                 continue
             self.tasks += 1
             self.conversations += bool(task.before)
+            self.row = row
             yield task
             if self.tasks == source.limit:
                 break

@@ -5,7 +5,8 @@ A pool is read in order, as often as needed; its rows are never all in memory.
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.export.sets import INSTRUCTION, OUTPUT, SCHEMAS, RunSet, open_set
 from montessori_core.program import Row
+from montessori_core.selection.columns import schema_of_rows, text_columns
 
 _DATA_FILES = ("data/train.parquet", "data/train.jsonl")  # of an exported folder
 
@@ -112,10 +114,10 @@ class RunPool(Pool):
 
 
 class InfluencePool(Pool):
-    """The table of `montessori influence`, with the texts of the examples that were measured.
+    """The table of `montessori influence`, with the texts and other columns of the examples that were measured.
 
     With a format of conversations, a column of turns is in place of instruction and output; it is the format `messages` if
-    one of the examples has earlier turns.
+    one of the examples has earlier turns. A column of the examples is left out if the table has one of its name.
 
     Passes over its numbers read the table alone. Texts are read from the examples, and not held: those of examples in the
     order of the table are passed on at once.
@@ -124,20 +126,33 @@ class InfluencePool(Pool):
     def __init__(self, path: Path, examples: DataSource, form: str | None = None) -> None:
         self.name = str(path)
         self._path, self._examples = path, examples
-        if form is None and any(task.before for task in self._tasks()):
-            form = "messages"
-        self._form = CONVERSATION_FORMATS[form] if form else None
-        self._texts = {FINISHED, *((self._form.field.name,) if self._form else (INSTRUCTION, OUTPUT))}
-        left_out = {"kind", "source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
+        left_out = {"kind", "source", "teacher", "iteration"}
         fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
-        self.schema = pa.schema([*fields[:1], self._form.field, *fields[1:]] if self._form else fields)
+        self._not_passed_on = text_columns(examples) | {field.name for field in fields}
+        conversations = 0
+
+        def columns() -> Iterator[Row]:
+            nonlocal conversations
+            for task, row in self._tasks():
+                conversations += bool(task.before)
+                yield self._own_columns(row)
+
+        own = schema_of_rows(columns())
+        form = form or ("messages" if conversations else None)
+        self._form = CONVERSATION_FORMATS[form] if form else None
+        if self._form:
+            fields = [field for field in fields if field.name not in (INSTRUCTION, OUTPUT)]
+            fields.insert(1, self._form.field)
+        self.schema = pa.schema([*fields, *own])
+        texts = (self._form.field.name,) if self._form else (INSTRUCTION, OUTPUT)
+        self._read = {FINISHED, *texts, *own.names}  # from the examples
         with open_parquet(path) as file:
             check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
         _check_columns(self.name, names, self.schema.names)
-        if self._texts & set(names):
+        if self._read & set(names):
             with open_parquet(self._path) as file:
                 everything = set(range(file.metadata.num_rows))
             yield from (row for _, row in self.take(everything, names))
@@ -151,37 +166,55 @@ class InfluencePool(Pool):
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
         names = list(columns or self.schema.names)
         _check_columns(self.name, names, self.schema.names)
-        if not self._texts & set(names):
+        if not self._read & set(names):
             yield from super().take(positions, names)
             return
-        numbers = [name for name in self.schema.names if name not in self._texts]
-        # Ids and numbers of the rows that are not yielded yet, in their order.
-        wanted = {row["id"]: (position, row) for position, row in super().take(positions, numbers)}
-        order = deque(sorted(positions))
+        measured = super().take(positions, list({"id"} | (set(names) - self._read)))
+        first = next(measured, None)
+        for task, row in self._tasks():
+            if first is None:
+                return
+            if task.example_id == first[1]["id"]:
+                yield first[0], self._joined(first[1], task, row, names)
+                first = next(measured, None)
+        if first is not None:
+            yield from self._take_in_other_order(chain([first], measured), names)
+
+    def _take_in_other_order(
+        self, measured: Iterable[tuple[int, Row]], names: Sequence[str]
+    ) -> Iterator[tuple[int, Row]]:
+        """Join rows with examples that are in another order than the table."""
+        wanted = {row["id"]: (position, row) for position, row in measured}
+        order = deque(position for position, _ in wanted.values())
         waiting: dict[int, Row] = {}
-        for task in self._tasks():
+        for task, row in self._tasks():
             if task.example_id not in wanted:
                 continue
-            position, row = wanted.pop(task.example_id)
-            waiting[position] = row | self._texts_of(task)
+            position, numbers = wanted.pop(task.example_id)
+            waiting[position] = self._joined(numbers, task, row, names)
             while order and order[0] in waiting:
-                complete = waiting.pop(order[0])
-                yield order.popleft(), {name: complete[name] for name in names}
+                yield order[0], waiting.pop(order.popleft())
             if not wanted:
                 return
-        if wanted:
-            raise DataError(
-                f"{self.name}: example {next(iter(wanted))!r} is not in --examples; give the data that was measured"
-            )
+        raise DataError(
+            f"{self.name}: example {next(iter(wanted))!r} is not in --examples; give the data that was measured"
+        )
 
-    def _tasks(self) -> Iterator[Task]:
-        yield from TaskReader(self._examples, "examples", with_response=True)
+    def _tasks(self) -> Iterator[tuple[Task, Row]]:
+        """Yield the examples, each with all its columns."""
+        reader = TaskReader(self._examples, "examples", with_response=True)
+        return ((task, dict(reader.row)) for task in reader)
 
-    def _texts_of(self, task: Task) -> Row:
-        row: Row = {FINISHED: not task.unfinished}
+    def _own_columns(self, row: Row) -> Row:
+        return {name: value for name, value in row.items() if name not in self._not_passed_on}
+
+    def _joined(self, numbers: Row, task: Task, row: Row, names: Sequence[str]) -> Row:
+        joined: Row = {**self._own_columns(row), **numbers, FINISHED: not task.unfinished}
         if self._form:
-            return row | {self._form.field.name: self._form.turns(task.before, task.instruction, task.response)}
-        return row | {INSTRUCTION: task.instruction, OUTPUT: task.response}
+            joined[self._form.field.name] = self._form.turns(task.before, task.instruction, task.response)
+        else:
+            joined |= {INSTRUCTION: task.instruction, OUTPUT: task.response}
+        return {name: joined.get(name) for name in names}
 
 
 _STORED = {"id": "example_id", "influence": "influence_student"}
