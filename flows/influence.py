@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,12 +22,12 @@ from montessori_core.config import Cluster, DataSource, Influence, Student, Warm
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.rows import ExampleRow, Positions, Rows, TaskRow, optional_fields, schema_of
 from montessori_core.data.sources import Task, TaskReader, read_tasks, write_tasks
-from montessori_core.data.tables import INFLUENCE, ROW_GROUP, write_table
-from montessori_core.errors import ConfigError, DataError
+from montessori_core.data.tables import INFLUENCE, ROW_GROUP, name_of_table, open_parquet, write_table
+from montessori_core.errors import ConfigError, DataError, UserError
 from montessori_core.files import commit, hash_path
 from montessori_core.influence.stored_steps import estimate_from_steps
 from montessori_core.influence.table import join_influence
-from montessori_core.layout import MOMENTS_FILE
+from montessori_core.layout import CONFIG, DRIVER_LOCK, MOMENTS_FILE
 from montessori_core.models.fingerprints import moments_recipe
 from montessori_core.models.thinking import thinking_warning
 from montessori_core.program import Program, SettingsT
@@ -130,11 +130,22 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
         )
     if measurement.store is not None:
         _check_store_settings(measurement.settings)
+    _check_out(out)
     folder = out.with_name(out.name + ".parts").resolve()
     with opened_inputs(measurement, folder) as inputs, _opened_store(measurement.store):
         record_command(folder, command, measurement.student.model, out, measurement.cluster)
         stages = MeasurementStages(folder, measurement, inputs)
         write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
+
+
+def _check_out(out: Path) -> None:
+    """Raise a UserError if a file is there that is no influence table: nothing else is overwritten."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    with suppress(DataError), open_parquet(out) as file:
+        if name_of_table(file.schema_arrow) == name_of_table(INFLUENCE):
+            return
+    raise UserError(f"--out {out}: exists, and is no influence table; nothing is overwritten: name another file")
 
 
 def _check_store_settings(settings: Influence) -> None:
@@ -196,6 +207,11 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
     Raises:
         UserError: a file or the model is invalid; the message names it. Or another process measures in the folder.
     """
+    is_run, ours = (folder / CONFIG).exists(), (folder / DRIVER_LOCK).exists()
+    if folder.exists() and (is_run or not ours) and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: the folder holds something else; nothing is overwritten: name another one with --out"
+        )
     left_out = list(bad_rows)
     with TemporaryDirectory() as scratch:  # the folder is created when all inputs are valid
         examples = Path(scratch) / _EXAMPLES

@@ -7,6 +7,7 @@ unescaped text could not run.
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -87,6 +88,12 @@ class Page:
         for name, text in self.data.items():
             with commit(folder / f"{name}.csv", durable=False) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page of this package, by its title."""
+    with path.open("rb") as stream:
+        return re.search(rb"Montessori[^<]*</title>", stream.read(4096)) is not None
 
 
 def build_page(

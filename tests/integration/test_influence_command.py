@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,7 @@ from scipy.stats import spearmanr
 from cluster.lock import only_driver
 from cluster.records import Description, read_record
 from flows.cli.influence import local_cluster
+from montessori_core import layout
 from montessori_core.config import Optimization
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.models.load import load_model
@@ -253,6 +256,27 @@ def test_second_measurement_of_a_table_is_refused(tiny_llama: Path, folder: Path
     assert not (folder / "influence.parquet").exists()
     assert (parts / "reference.jsonl").read_text() == "of the first"
     assert [path.name for path in parts.iterdir() if path.name != "driver.lock"] == ["reference.jsonl"]
+
+
+def test_other_files_are_not_overwritten(tiny_llama: Path, folder: Path) -> None:
+    pool = folder / "influence.parquet"
+    pq.write_table(pa.Table.from_pylist(EXAMPLES), pool)
+    content = pool.read_bytes()
+    code, output = influence(folder, tiny_llama, "--examples", str(pool))
+    assert code == 1
+    assert "exists, and is no influence table; nothing is overwritten" in " ".join(output.split())
+    pool.write_bytes(b"no table")
+    assert influence(folder, tiny_llama)[0] == 1
+    assert pool.read_bytes() == b"no table" != content
+    assert not (folder / "influence.parquet.parts").exists()
+    reference = (folder / "reference.jsonl").read_bytes()
+    for names in ((), (layout.DRIVER_LOCK, layout.CONFIG)):  # a user's folder, a run's
+        for name in names:
+            (folder / name).touch()
+        code, output = invoke("validate", *arguments(folder, tiny_llama, "--out", str(folder))[1:], cwd=ROOT)
+        assert code == 1
+        assert "the folder holds something else; nothing is overwritten" in " ".join(output.split())
+    assert (folder / "reference.jsonl").read_bytes() == reference
 
 
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:

@@ -179,7 +179,8 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
         return output
 
     assert "report.html" in report(run, command=call)
-    report(run, "--out", tmp_path / "elsewhere" / "mine.html")
+    for _ in range(2):
+        report(run, "--out", tmp_path / "elsewhere" / "mine.html")
     report(run, copy)
     report(tmp_path / "study")
     titles = {
@@ -199,6 +200,12 @@ def test_unwritable_page_is_named_with_remedy(tmp_path: Path) -> None:
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml" / "mine.html"), cwd=tmp_path)
     assert code == 1
     assert re.search(r"config\.yaml/mine\.html: cannot be written \(.*\); name another file with --out", output)
+    mine = tmp_path / "mine.html"
+    mine.write_text("<title>Mine</title>")
+    code, output = invoke("report", str(run), "--out", "mine.html", cwd=tmp_path)
+    assert code == 1
+    assert "exists, and is no such page; nothing is overwritten" in output
+    assert mine.read_text() == "<title>Mine</title>"
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml"), cwd=tmp_path)
     assert code == 1
     assert "end in .html" in output
