@@ -13,12 +13,15 @@ from montessori_core.data.bad_rows import RowError
 from montessori_core.data.files import MAX_EXPANSION, DataFile
 from montessori_core.data.json_list import rows_of_list
 from montessori_core.data.jsonl import LONGEST_ROW, read_lines, rows_of_lines
+from montessori_core.data.row_sizes import row_slices
 from montessori_core.errors import DataError
 
 Rows = Iterator[tuple[str, Any]]
 """(Place in the file, row) pairs. A row that cannot be read is a RowError."""
 
-_BATCH = 256  # rows of a table in memory
+_BATCH = 256  # rows of a table that become Python objects at once
+_MOST_ROWS = 2048  # that Arrow decodes at once: each time costs a copy of the dictionary
+_DICTIONARIES = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
 _LARGE = 2**30  # bytes of a row group, from which its expansion is checked
 
 
@@ -108,30 +111,54 @@ def _table_errors(file: DataFile, what: str) -> Iterator[None]:
 
 
 def _parquet_rows(file: DataFile) -> Rows:
-    with (
-        file.open_seekable() as stream,
-        _table_errors(file, "Parquet"),
-        pq.ParquetFile(stream, page_checksum_verification=True) as parquet,
-    ):
-        _check_expansion(parquet.metadata, file.name)
-        number = 0
-        for number, row in _batch_rows(parquet.iter_batches(_BATCH), file.name):
-            yield f"{file.name}, row {number}", row
-        if number != parquet.metadata.num_rows:  # no checksum covers the number of rows
-            raise DataError(f"{file.name}: {number} rows where {parquet.metadata.num_rows} were written; copy it again")
+    with file.open_seekable() as stream, _table_errors(file, "Parquet"):
+        metadata = pq.read_metadata(stream)
+        _check_expansion(metadata, file.name)
+        dictionaries, size = _dictionaries(metadata), _batch_size(metadata)
+        with pq.ParquetFile(
+            stream, metadata=metadata, read_dictionary=dictionaries, page_checksum_verification=True
+        ) as parquet:
+            number = 0
+            for number, row in _batch_rows(parquet.iter_batches(size), file.name):
+                yield f"{file.name}, row {number}", row
+        if number != metadata.num_rows:  # no checksum covers the number of rows
+            raise DataError(f"{file.name}: {number} rows where {metadata.num_rows} were written; copy it again")
 
 
-def _check_expansion(metadata: Any, name: str) -> None:
+def _chunks(metadata: pq.FileMetaData) -> Iterator[tuple[pq.RowGroupMetaData, pq.ColumnChunkMetaData]]:
+    """Yield (row group, column of it) pairs."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return ((group, group.column(number)) for group in groups for number in range(metadata.num_columns))
+
+
+def _dictionaries(metadata: pq.FileMetaData) -> list[str]:
+    """Return the columns to read as dictionaries, so that a value of many rows is in memory once."""
+    encodings: dict[str, set[str]] = {}
+    for _, column in _chunks(metadata):
+        if column.physical_type == "BYTE_ARRAY":
+            encodings.setdefault(column.path_in_schema, set()).update(column.encodings)
+    return [name for name, kinds in encodings.items() if _DICTIONARIES & kinds and "DELTA_BYTE_ARRAY" not in kinds]
+
+
+def _batch_size(metadata: pq.FileMetaData) -> int:
+    """Return a number of rows that take less than about LONGEST_ROW."""
+    rows = _MOST_ROWS
+    for group, column in _chunks(metadata):
+        # A value of DELTA_BYTE_ARRAY names the bytes that it has in common with the one before.
+        shared = 1 if "DELTA_BYTE_ARRAY" in column.encodings else max(group.num_rows, 1)
+        rows = min(rows, LONGEST_ROW * shared // max(column.total_uncompressed_size, 1))
+    return max(rows, 1)
+
+
+def _check_expansion(metadata: pq.FileMetaData, name: str) -> None:
     """Refuse a decompression bomb."""
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            size, compressed = column.total_uncompressed_size, column.total_compressed_size
-            if size > _LARGE and size > MAX_EXPANSION * max(compressed, 1):
-                raise DataError(
-                    f"{name}: {compressed:,} bytes of column {column.path_in_schema!r} grow to {size:,} ({MAX_EXPANSION} "
-                    "times as many is the limit); if it is no decompression bomb, write smaller row groups"
-                )
+    for _, column in _chunks(metadata):
+        size, compressed = column.total_uncompressed_size, column.total_compressed_size
+        if size > _LARGE and size > MAX_EXPANSION * max(compressed, 1):
+            raise DataError(
+                f"{name}: {compressed:,} bytes of column {column.path_in_schema!r} grow to {size:,} ({MAX_EXPANSION} "
+                "times as many is the limit); if it is no decompression bomb, write smaller row groups"
+            )
 
 
 def _arrow_rows(file: DataFile) -> Rows:
@@ -155,13 +182,22 @@ def _batch_rows(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[tuple[
     for batch in batches:
         batch.validate(full=True)  # UTF-8 and list offsets
         for start in range(0, batch.num_rows, _BATCH):
-            try:
-                rows = batch.slice(start, _BATCH).to_pylist()
-            except (pa.ArrowException, ValueError, OverflowError) as error:
-                raise DataError(f"{name}: a column cannot be read ({error}); remove it") from error
-            for row in rows:
-                number += 1
-                yield number, row
+            for part in row_slices(batch.slice(start, _BATCH), name, number + 1):
+                try:
+                    rows = _without_dictionaries(part).to_pylist()
+                except (pa.ArrowException, ValueError, OverflowError) as error:
+                    raise DataError(f"{name}: a column cannot be read ({error}); remove it") from error
+                for row in rows:
+                    number += 1
+                    yield number, row
+
+
+def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Decode dictionaries, which `to_pylist` does value by value; those in nested columns remain."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
 
 
 _READERS: Mapping[str, Callable[[DataFile], Rows]] = {
