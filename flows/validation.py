@@ -115,7 +115,7 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
     out = out.resolve()
     with opened_inputs(measurement, out, bad_rows) as inputs:
         record_command(out, command, measurement.student.model, out / RESULT, measurement.cluster)
-        check_reference_size(inputs.reference, measurement.reference)
+        check_reference_size(len(inputs.reference), measurement.reference)
         _check_sizes(validation, len(inputs.rows), "examples")
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))

@@ -15,7 +15,8 @@ from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.languages import language_of
 from montessori_core.data.rouge import RougeIndex
-from montessori_core.data.sources import Task, TaskReader
+from montessori_core.data.sources import Task, TaskReader, check_reference_size
+from montessori_core.errors import DataError
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.examples import encode_task
 from montessori_core.models.rendering import takes_system_turn
@@ -40,6 +41,7 @@ class DataCheck:
         tasks: number of rows that can be used, up to the source's limit.
         bad_rows: rows that cannot.
         refusal: whether a run refuses the source for its bad rows.
+        too_few: why a run refuses it as a reference set, None if it is large enough.
         duplicates: number of rows with the same turns as an earlier one.
         rounds: number of rows by their rounds, each a turn of the user and an answer.
         system_turns: number of rows with a system turn.
@@ -59,6 +61,7 @@ class DataCheck:
     tasks: int
     bad_rows: list[BadRow]
     refusal: bool
+    too_few: str | None
     duplicates: int
     rounds: Counter[int]
     system_turns: int
@@ -97,6 +100,7 @@ def check_data(
         tasks=reader.tasks,
         bad_rows=reader.bad_rows,
         refusal=source.refuses(len(reader.bad_rows), reader.rows),
+        too_few=_too_few(reader.tasks, source) if field == "reference" else None,
         duplicates=read.duplicates,
         rounds=read.rounds,
         system_turns=read.system_turns,
@@ -144,6 +148,15 @@ def _read(reader: TaskReader) -> _Read:
         seen.add(hashlib.blake2b(text.encode(), digest_size=8).digest())
     ordered = [task for _, task in sorted(sample, key=lambda entry: entry[0])]
     return _Read(ordered, first, count - len(seen), rounds, systems)
+
+
+def _too_few(examples: int, source: DataSource) -> str | None:
+    try:
+        if examples != source.limit:  # a limit is the user's choice
+            check_reference_size(examples, source)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _lengths(sample: Sequence[Task], encoded: Sequence[Encoded], with_response: bool) -> dict[str, list[int]]:

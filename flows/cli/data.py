@@ -73,7 +73,8 @@ def check(
             tokenizer.chat_template = template
     result = check_data(settings, as_, as_ != "seed_pool", tokenizer, max_length)
     print_check(result, max_length)
-    if result.refusal:
+    beyond = result.without_response and as_ in ("reference", "evaluation")
+    if result.refusal or result.too_few or beyond:
         raise typer.Exit(1)
 
 
@@ -93,6 +94,8 @@ def print_check(result: DataCheck, max_length: int) -> None:
         console.print(f"longer than {max_length:,} tokens, cut: {result.truncated:,}")
     if result.without_response:
         console.print(f"without a response within {max_length:,} tokens: {result.without_response:,}", style="red")
+    if result.too_few:
+        console.print(result.too_few, style="red", soft_wrap=True)
     near, pair = result.near_duplicates
     console.print(f"near duplicates (ROUGE-L above {NEAR}): {near:,}")
     for text in pair or ():

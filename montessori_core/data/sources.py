@@ -100,19 +100,19 @@ def read_sources(experiment: Experiment, bad_rows: list[BadRow] | None = None) -
         evaluation=read_tasks(experiment.evaluation, "evaluation", True, bad_rows),
     )
     if len(sources.reference) != experiment.reference.limit:  # a limit is the user's choice
-        check_reference_size(sources.reference, experiment.reference)
+        check_reference_size(len(sources.reference), experiment.reference)
     return sources
 
 
-def check_reference_size(reference: list[Task], source: DataSource) -> None:
+def check_reference_size(examples: int, source: DataSource) -> None:
     """Check that a reference set has enough examples for a mean.
 
     Raises:
         DataError: it has not.
     """
-    if len(reference) < _FEWEST_REFERENCES:
+    if examples < _FEWEST_REFERENCES:
         raise DataError(
-            f"reference.path: {source.path} holds {len(reference)} examples; a reference set needs at least "
+            f"reference.path: {source.path} holds {examples} examples; a reference set needs at least "
             f"{_FEWEST_REFERENCES}, better some dozens, because influence is a mean over them. Add examples of the same kind"
         )
 

@@ -45,13 +45,13 @@ def test_check_shows_rows_as_the_student_sees_them(tiny_llama: Path, tmp_path: P
 
 
 def test_check_command_prints_and_refuses(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", TEXTS * 3)
+    path = write(tmp_path / "rows.jsonl", TEXTS * 4)
     outcome = CliRunner().invoke(app, ["data", "check", path])
     assert outcome.exit_code == 0, outcome.output
     for line in (
-        "6 rows, format: messages",
+        "8 rows, format: messages",
         "bad rows: none",
-        "exact duplicates: 4",
+        "exact duplicates: 6",
         "languages: en 50.0%, ru 50.0%",
         TEXTS[1][0],
     ):
@@ -61,11 +61,32 @@ def test_check_command_prints_and_refuses(tmp_path: Path) -> None:
     assert outcome.exit_code == 1
     assert "bad rows: 2 (a run refuses them" in outcome.output
     assert f"2 field 'messages' is null; the first: {path}, line 3: field 'messages' is null; fill it" in outcome.output
-    outcome = CliRunner().invoke(app, ["data", "check", f"{{path: {path}, drop_bad_rows: true, max_bad_rows: 0.5}}"])
+    options = ["--as", "examples"]
+    outcome = CliRunner().invoke(
+        app, ["data", "check", f"{{path: {path}, drop_bad_rows: true, max_bad_rows: 0.5}}", *options]
+    )
     assert outcome.exit_code == 0
     assert "bad rows: 2 (left out)" in outcome.output
     outcome = CliRunner().invoke(app, ["data", "check", "builtin/maths", "--as", "evaluation"])
     assert "64 rows, format: alpaca" in outcome.output
+
+
+def test_check_refuses_what_a_run_refuses(tiny_llama: Path, tmp_path: Path) -> None:
+    """Too few references, and sets on which the student is measured with an answer beyond its maximum."""
+    few = write(tmp_path / "few.jsonl", TEXTS * 2)
+    long = write(tmp_path / "long.jsonl", [*TEXTS * 4, ("word " * 300, "Yes.")])
+    model = ["--model", str(tiny_llama), "--max-length", "200"]
+    for source, options, status, message in (
+        (few, [], 1, "holds 4 examples; a reference set needs at least 8"),
+        (f"{{path: {few}, limit: 4}}", [], 0, "4 rows"),
+        (few, ["--as", "evaluation"], 0, "4 rows"),
+        (long, model, 1, "without a response within 200 tokens: 1"),
+        (long, ["--as", "evaluation", *model], 1, "without a response within 200 tokens: 1"),
+        (long, ["--as", "examples", *model], 0, "without a response within 200 tokens: 1"),
+    ):
+        outcome = CliRunner().invoke(app, ["data", "check", source, *options])
+        assert outcome.exit_code == status, outcome.output
+        assert message in outcome.output
 
 
 def test_large_source_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
