@@ -40,7 +40,7 @@ _LLAMA_FACTORY = {
 }
 
 
-def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int) -> str:
+def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int, left_out: int) -> str:
     """Return the card of an export.
 
     Args:
@@ -49,7 +49,9 @@ def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int)
         file: the data file, relative to the card.
         rows: number of rows.
         unfinished: number of rows whose response was cut at the token limit.
+        left_out: number of such rows that were left out.
     """
+    finished_only = " --finished-only" if left_out else ""
     sections = {
         "Columns": table(("column", "content"), [(f.name, _description(f)) for f in form.schema(data.schema)]),
         "Read it": _loading(form, file),
@@ -57,7 +59,7 @@ def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int)
         "Repeat it": _repetition(
             data,
             f"montessori run config.yaml\nmontessori export runs/{data.experiment.name} --what {data.name} "
-            f"--to {form.name} --iteration {data.iteration}",
+            f"--to {form.name} --iteration {data.iteration}{finished_only}",
         ),
     }
     header = {
@@ -65,7 +67,7 @@ def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int)
         "configs": [_files("default", file)],
         "dataset_info": _features(data, form),
     }
-    return _card(header, _summary(data, form, rows, unfinished), sections)
+    return _card(header, _summary(data, form, rows, unfinished, left_out), sections)
 
 
 def run_card(sets: Sequence[tuple[RunSet, int]], models: Mapping[str, int], form: Format) -> str:
@@ -161,7 +163,7 @@ def _description(field: pa.Field) -> str:
     return str((field.metadata or {}).get(b"description", b"").decode())
 
 
-def _summary(data: RunSet, form: Format, rows: int, unfinished: int) -> str:
+def _summary(data: RunSet, form: Format, rows: int, unfinished: int, left_out: int) -> str:
     experiment = data.experiment
     text = (
         f"# {escape(experiment.name)}: {data.title}\n\n"
@@ -180,6 +182,11 @@ def _summary(data: RunSet, form: Format, rows: int, unfinished: int) -> str:
             f"\n{unfinished:,} responses were cut at the token limit: their `response_finished` is false. A trainer that "
             "ends every response with an end token teaches the student to stop there; leave these rows out, or mask the end "
             "token as Montessori does.\n"
+        )
+    if left_out:
+        text += (
+            f"\n{left_out:,} more rows of the {data.title} were left out (`--finished-only`): their responses were cut at the "
+            "token limit. Numbers of the run below count them.\n"
         )
     return text
 

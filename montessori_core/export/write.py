@@ -68,7 +68,7 @@ def write_export(data: RunSet, form: Format, output: Path, finished_only: bool =
         file = Path("data") / f"train{form.suffix}"
         (folder / "data").mkdir(parents=True)
         counts = write_rows(data, form, folder / file, finished_only)
-        card = data_card(data, form, file.as_posix(), counts.rows, counts.unfinished)
+        card = data_card(data, form, file.as_posix(), counts.rows, counts.unfinished, counts.left_out)
         (folder / CARD).write_text(card, encoding="utf-8")
         refuse_existing(output, "folder")
     return counts

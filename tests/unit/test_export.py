@@ -113,6 +113,11 @@ def test_set_and_iteration_are_chosen(run: Path, tmp_path: Path) -> None:
     assert set(rows["iteration"].to_pylist()) == {1}
     assert rows["response_finished"].to_pylist() == [True] * 26
     assert rows.schema.field("influence").metadata[b"description"]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "14 more rows of the training set were left out (`--finished-only`)" in card
+    command = re.findall(r"montessori (export runs/trial .*)", card)[0].split()
+    assert invoke(command[0], str(run), *command[2:], "--output", str(tmp_path / "again"), cwd=tmp_path)[0] == 0
+    assert pq.read_table(tmp_path / "again" / "data" / "train.parquet").equals(rows)
     for options, message in (
         (["--to", "xml"], "no such format; give one of messages, sharegpt"),
         (["--to", "trl", "--what", "all"], "no such set; give one of training"),
