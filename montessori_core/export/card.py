@@ -185,8 +185,8 @@ def _summary(data: RunSet, form: Format, rows: int, unfinished: int, left_out: i
         )
     if left_out:
         text += (
-            f"\n{left_out:,} more rows of the {data.title} were left out (`--finished-only`): their responses were cut at the "
-            "token limit. Numbers of the run below count them.\n"
+            f"\n{left_out:,} more rows of the {data.title} were left out (`--finished-only`): their responses were cut "
+            "at the token limit. Numbers of the run below count them.\n"
         )
     return text
 
@@ -210,7 +210,7 @@ def _models(data: RunSet) -> str:
     rows = []
     for role, section in (("teacher", experiment.teacher), ("student", experiment.student)):
         commit = commits.get(f"{section.model}@{section.revision or 'main'}", "")
-        licence = licence_of(section.model) or "not known"
+        licence = licence_of(section.model, commit or section.revision) or "not known"
         rows.append((role, name_of(section.model), commit, licence, hashes.get(f"{role}_sha256", "")))
     for role in ("strong_teacher", "answerer", "judge"):
         if (endpoint := getattr(experiment, role)) is not None:

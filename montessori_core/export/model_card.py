@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
-from montessori_core.config import DataSource, Experiment, dump_yaml
+from montessori_core.config import DataSource, Experiment, Student, Teacher, dump_yaml
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.sets import name_of
 from montessori_core.models.embedded import EMBEDDED
 from montessori_core.models.licences import licence_of
 
 
-def model_header(base: str, tags: Sequence[str], adapter: bool = False) -> str:
+def model_header(base: Student | Teacher, tags: Sequence[str], adapter: bool = False) -> str:
     """Return the YAML header of a model's card.
 
     Args:
-        base: the configured model that was trained; a local folder is not named.
+        base: section of the model that was trained; a local folder is not named.
         tags: for the hub's search.
         adapter: whether the model is a LoRA adapter.
     """
@@ -25,10 +25,10 @@ def model_header(base: str, tags: Sequence[str], adapter: bool = False) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["montessori", *tags],
     }
-    if (licence := licence_of(base)) is not None:
+    if (licence := licence_of(base.model, base.revision)) is not None:
         content["license"] = licence
-    if base not in EMBEDDED and not Path(base).expanduser().exists():
-        content["base_model"] = base
+    if base.model not in EMBEDDED and not Path(base.model).expanduser().exists():
+        content["base_model"] = base.model
     return f"---\n{dump_yaml(content)}---\n"
 
 
@@ -54,10 +54,10 @@ def student_card(
     rows += [("loss of the first step, nats per token", log[0]["loss"])] if log else []
     rows += [("loss of the last step, nats per token", log[-1]["loss"])] if log else []
     parts = [
-        model_header(student.model, ["sft"], adapter=settings.lora is not None),
+        model_header(student, ["sft"], adapter=settings.lora is not None),
         f"# {name}, trained on {escape(name_of(data.path))}\n",
         f"{name} after supervised fine-tuning{' of a LoRA adapter' if settings.lora else ''} with Montessori; only "
-        f"responses have loss. Licence of {name}: {licence_of(student.model) or 'not known'}.\n",
+        f"responses have loss. Licence of {name}: {licence_of(student.model, student.revision) or 'not known'}.\n",
         f"## Data\n\n{table(('training data', ''), rows)}",
         f"## Training\n\n{fenced(dump_yaml(settings.model_dump(mode='json')), 'yaml')}",
     ]

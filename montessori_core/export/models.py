@@ -92,14 +92,15 @@ def model_card(run: Path, role: Role, iteration: int, adapter: bool) -> str:
         adapter: whether the folder has a LoRA adapter.
     """
     experiment = read_experiment(run / layout.CONFIG)
-    base = (experiment.student if role == "student" else experiment.teacher).model
+    base = experiment.student if role == "student" else experiment.teacher
     recipe: Section = experiment.training if role == "student" else experiment.teacher_update
     metrics = read_json(run / layout.iteration(iteration) / layout.METRICS) or {}
     counts = (metrics.get("training_counts") or {}).get(role, {})
     parts = [
         model_header(base, ["sft" if role == "student" else "dpo"], adapter),
         f"# {escape(experiment.name)}: {role} of iteration {iteration}\n",
-        f"{_origin(experiment, role, iteration)} Licence of {escape(name_of(base))}: {licence_of(base) or 'not known'}.\n",
+        f"{_origin(experiment, role, iteration)} Licence of {escape(name_of(base.model))}: "
+        f"{licence_of(base.model, base.revision) or 'not known'}.\n",
         f"## Training\n\n{table(('training data', ''), [(key.replace('_', ' '), value) for key, value in counts.items()])}\n"
         f"{fenced(dump_yaml(recipe.model_dump(mode='json')), 'yaml')}",
     ]

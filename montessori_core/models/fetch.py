@@ -11,7 +11,7 @@ from montessori_core.models.embedded import EMBEDDED, find_embedded
 from montessori_core.models.fingerprints import ADAPTER_WEIGHTS, FINGERPRINT, WEIGHTS, WEIGHTS_INDEX, hash_model
 
 _WEIGHTS = (WEIGHTS, WEIGHTS_INDEX)
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 def local_path(model: str) -> str:
@@ -71,6 +71,16 @@ def _download(model: str, revision: str | None) -> Path:
             f"model {model!r}, revision {revision or 'main'}, cannot be downloaded from the hub: {reason}\nCheck id, "
             "revision and network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"
         ) from error
+
+
+def cached_model(model: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model on the hub, if it was downloaded; nothing is."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (ValueError, OSError):  # no id of the hub; not in the cache
+        return None
 
 
 def full_model(folder: Path) -> Path:

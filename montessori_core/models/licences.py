@@ -9,7 +9,7 @@ import yaml
 from montessori_core.errors import UserError
 from montessori_core.models.adapters import adapted_model, is_adapter
 from montessori_core.models.embedded import EMBEDDED, PrunedModel
-from montessori_core.models.fetch import local_path
+from montessori_core.models.fetch import cached_model, local_path
 
 CARD = "README.md"
 _PERMISSIVE, _TERMS = "apache-2.0", "gemma"  # of the embedded models, by the hub's identifiers
@@ -17,10 +17,14 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _LONGEST_CARD = 1 << 20  # bytes
 
 
-def licence_of(model: str) -> str | None:
+def licence_of(model: str, revision: str | None = None) -> str | None:
     """Return the identifier of a configured model's licence; None if it is not known.
 
-    An adapter has its base model's. Nothing is downloaded.
+    An adapter has its base model's. Nothing is downloaded: of a model on the hub, the card in the cache is read.
+
+    Args:
+        model: embedded model, folder or id on the hub.
+        revision: of an id on the hub.
     """
     if model in EMBEDDED:
         embedded = EMBEDDED[model]
@@ -28,8 +32,9 @@ def licence_of(model: str) -> str | None:
             return licence_of(embedded.source)
         return _TERMS if embedded.terms else _PERMISSIVE
     try:
-        folder = Path(local_path(model))
-        if not folder.is_dir():
+        path = Path(local_path(model))
+        folder = path if path.is_dir() else cached_model(model, revision)
+        if folder is None:
             return None
         declared = _header(folder / CARD).get("license")
         if declared is None and is_adapter(folder):

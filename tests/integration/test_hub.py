@@ -6,6 +6,7 @@ A local server implements the hub's protocol for the real client.
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -127,3 +128,22 @@ def test_unavailable_hub_model_is_refused_with_remedy(hub: Hub, tmp_path: Path) 
     assert "'group/absent', revision main, cannot be downloaded from the hub" in absent.stderr
     assert "Check id, revision" in absent.stderr
     assert not (tmp_path / "run").exists()
+
+
+LICENCE = """
+import sys
+from montessori_core.models.fetch import fetch_model
+from montessori_core.models.licences import licence_of
+print(licence_of("group/tiny"), end=" ")
+fetch_model("group/tiny", sys.argv[1])
+print(licence_of("group/tiny"), licence_of("group/tiny", sys.argv[1]))
+"""
+
+
+def test_licence_is_that_of_the_downloaded_card(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+    hub.folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (hub.folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    for revision, known in (("1" * 40, "None None apache-2.0"), ("main", "None apache-2.0 apache-2.0")):
+        command = [sys.executable, "-c", LICENCE, revision]
+        said = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
+        assert said.stdout.strip() == known
