@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 Scored = Annotated[
-    Path, typer.Argument(help="Scored rows: .parquet, .jsonl, an exported folder, or the folder of a run.")
+    Path,
+    typer.Argument(
+        help="Scored rows: a file, glob or folder as of a data set, an exported folder, or the folder of a run."
+    ),
 ]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]
 TurnColumn = Annotated[
@@ -166,5 +169,7 @@ def open_vectors(pool: "Pool", model: str | None) -> Iterator["Vectors | None"]:
 
 
 def _range(pool: "Pool", chosen: list[int], by: str) -> str:
-    scores = [row[by] for _, row in pool.take(set(chosen), [by])]
+    from montessori_core.selection.choose import number_in
+
+    scores = [number_in(row[by]) or 0.0 for _, row in pool.take(set(chosen), [by])]
     return f", {by} {min(scores):.4g} to {max(scores):.4g}"

@@ -203,17 +203,29 @@ def _randomised(rows: Iterator[Scored], seed: int) -> Iterator[Scored]:
 def _score(pool: Pool, position: int, row: Row, by: str) -> float | None:
     """Return a row's score; None if it has none (null or NaN)."""
     value = row[by]
-    if value is None:
+    if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{pool.name}, row {position + 1}: {by!r} is {type(value).__name__}; a score is a number")
-    return None if math.isnan(value) else float(value)
+    score = number_in(value)
+    if score is None:
+        raise DataError(f"{pool.name}, row {position + 1}: {by!r} is {value!r:.50}; a score is a number")
+    return None if math.isnan(score) else score
 
 
 def _tokens(pool: Pool, position: int, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = None if isinstance(value, float) else number_in(value)
+    if number is None or number < 1 or not number.is_integer():
         raise DataError(
             f"{pool.name}, row {position + 1}: {value!r} is no number of tokens; name a column of whole numbers above 0 with "
             "--token-column"
         )
-    return value
+    return int(number)
+
+
+def number_in(value: object) -> float | None:
+    """Return a number, also one in a text, as a cell of CSV is; None for other values."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

@@ -15,7 +15,9 @@ import pyarrow as pa
 
 from montessori_core import layout
 from montessori_core.config import DataSource
-from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.bad_rows import RowError
+from montessori_core.data.readers import shard_rows
+from montessori_core.data.shards import expected, find_local
 from montessori_core.data.sources import FINISHED, Task, TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
@@ -60,16 +62,21 @@ class Pool(Protocol):
                 yield position, row
 
 
-class JsonlPool(Pool):
-    """The rows of a JSONL file."""
+class FilesPool(Pool):
+    """The rows of a file, a glob or a folder, of any kind that data sets have; the cells of CSV are texts."""
 
     schema = None
 
     def __init__(self, path: Path) -> None:
-        self._path, self.name = path, str(path)
+        files = find_local(path, "train", "pool")
+        if files is None:
+            raise DataError(f"{path}: expected {expected()}")
+        self._files, self.name = files, str(path)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        for where, row in jsonl_rows(self._path):
+        for where, row in shard_rows(self._files):
+            if isinstance(row, RowError):
+                raise row
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected an object with named fields, found {type(row).__name__}")
             if columns is None:
@@ -225,7 +232,8 @@ def open_pool(path: Path, examples: DataSource | None = None, form: str | None =
     """Open a pool.
 
     Args:
-        path: a .parquet or .jsonl file, an exported folder, or the folder of a run: its last iteration with scored examples.
+        path: a file, a glob or a folder of files, an exported folder, or the folder of a run: its last iteration with
+            scored examples.
         examples: texts of an influence table's examples.
         form: how the texts of `examples` are written, a name of CONVERSATION_FORMATS; None: see `InfluencePool`.
 
@@ -243,10 +251,8 @@ def _open_pool(path: Path, examples: DataSource | None, form: str | None) -> Poo
     if (path / layout.CONFIG).is_file():
         return RunPool(open_set(path.resolve(), "scored"))
     path = data_file(path)
-    if path.suffix == ".jsonl":
-        return JsonlPool(path)
-    if path.suffix != ".parquet":
-        raise DataError(f"{path}: expected a .parquet or .jsonl file, an exported folder or the folder of a run")
+    if path.suffix != ".parquet" or not path.is_file():
+        return FilesPool(path)
     pool = ParquetPool(path)
     if name_of_table(pool.schema) != name_of_table(INFLUENCE):
         return pool

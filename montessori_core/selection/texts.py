@@ -6,6 +6,8 @@ from montessori_core.data.formats import CONVERSATIONS
 from montessori_core.export.sets import INSTRUCTION
 from montessori_core.selection.pools import Pool
 
+_PROMPT = "prompt"  # of TRL's prompt and completion
+
 
 def texts_of(pool: Pool, positions: Set[int]) -> Iterator[tuple[int, str]]:
     """Yield (position, text) pairs of some rows, in order.
@@ -14,12 +16,12 @@ def texts_of(pool: Pool, positions: Set[int]) -> Iterator[tuple[int, str]]:
         DataError: the pool cannot be read, or has no texts.
     """
     names = pool.schema.names if pool.schema is not None else next(pool.rows(), {})
-    column = next((name for name in (INSTRUCTION, *CONVERSATIONS) if name in names), INSTRUCTION)
-    return ((position, _text(row[column])) for position, row in pool.take(positions, [column]))
+    column = next((name for name in (INSTRUCTION, *CONVERSATIONS, _PROMPT) if name in names), INSTRUCTION)
+    return ((position, _text(row[column], column != _PROMPT)) for position, row in pool.take(positions, [column]))
 
 
-def _text(value: object) -> str:
+def _text(value: object, has_answer: bool) -> str:
     if not isinstance(value, list):
         return str(value)
     texts = [turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in value]
-    return "\n\n".join(map(str, texts[: max(1, len(texts) - 1)]))
+    return "\n\n".join(map(str, texts[: max(1, len(texts) - has_answer)]))

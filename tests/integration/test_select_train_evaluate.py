@@ -16,7 +16,7 @@ from montessori_core.files import read_json
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 from montessori_core.models.examples import encode_task
 from montessori_core.models.load import load_model, load_tokenizer
-from montessori_core.selection.pools import JsonlPool
+from montessori_core.selection.pools import FilesPool
 from support import ROOT
 from support.runs import call, invoke
 
@@ -43,7 +43,7 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
         "select", str(table), "--examples", str(data), "--share", "0.3", "--output", str(best), cwd=ROOT
     )
     assert code == 0, output
-    assert len(list(JsonlPool(best).rows())) == 6
+    assert len(list(FilesPool(best).rows())) == 6
 
     code, output = train(tiny_llama, best, student, "--save-moments")
     assert code == 0, output

@@ -1,5 +1,6 @@
 """`montessori select`: the best rows, turns, near-duplicates, controls."""
 
+import gzip
 import json
 import random
 from collections import Counter
@@ -24,7 +25,8 @@ from montessori_core.selection.choose import Choice, choose, scored_positions
 from montessori_core.selection.columns import schema_of_rows
 from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
 from montessori_core.selection.lengths import match_lengths
-from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool
+from montessori_core.selection.pools import FilesPool, ParquetPool, open_pool
+from montessori_core.selection.texts import texts_of
 from support.reports import write_run
 from support.rouge import accept_all
 from support.runs import invoke
@@ -208,7 +210,7 @@ def test_command_writes_all_columns_and_ranks(suffix: str, tmp_path: Path) -> No
         code, output = invoke("select", pool, "--share", "0.3", "--by", "score", "--output", out.name, cwd=tmp_path)
         assert code == 0, output
         assert "3 of 10 scored rows, score 7 to 9" in output
-        rows = list((ParquetPool if suffix == ".parquet" else JsonlPool)(out).rows())
+        rows = list((ParquetPool if suffix == ".parquet" else FilesPool)(out).rows())
         assert rows == [ROWS[1] | {"rank": 3}, ROWS[4] | {"rank": 2}, ROWS[7] | {"rank": 1}]
         code, output = invoke("select", pool, "--k", "1", "--by", "score", "--output", out.name, cwd=tmp_path)
         assert code == 1
@@ -221,8 +223,8 @@ def test_command_selects_from_a_run_and_its_exports(tmp_path: Path) -> None:
     for name, pool in (("a", "trial"), ("b", "out")):
         code, output = invoke("select", pool, "--k", "5", "--output", f"{name}.jsonl", cwd=tmp_path)
         assert code == 0, output
-    rows = list(JsonlPool(tmp_path / "a.jsonl").rows())
-    assert rows == list(JsonlPool(tmp_path / "b.jsonl").rows())
+    rows = list(FilesPool(tmp_path / "a.jsonl").rows())
+    assert rows == list(FilesPool(tmp_path / "b.jsonl").rows())
     influence = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)["influence_student"].to_pylist()
     assert sorted(row["influence"] for row in rows) == sorted(filter(None, influence))[-5:]
     read = read_tasks(DataSource(path=str(tmp_path / "a.jsonl")), "data", with_response=True)
@@ -266,10 +268,10 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         ("pool.jsonl", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.parquet", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.jsonl", [*by, "--tokens", "9", "--token-column", "source"], "is no number of tokens"),
-        ("bad.jsonl", [*by, "--k", "1"], "row 1: 'score' is str; a score is a number"),
+        ("bad.jsonl", [*by, "--k", "1"], "row 1: 'score' is 'high'; a score is a number"),
         ("list.jsonl", [*by, "--k", "1"], "expected an object with named fields"),
-        ("pool.csv", [*by, "--k", "1"], "expected a .parquet or .jsonl file"),
-        ("absent.parquet", [*by, "--k", "1"], "no such file"),
+        ("pool.csv", [*by, "--k", "1"], "pool.csv: cannot be read"),
+        ("absent.parquet", [*by, "--k", "1"], "absent.parquet: cannot be read"),
     ):
         code, output = invoke("select", pool, *options, "--output", "out.jsonl", cwd=tmp_path)
         assert code == 1, output
@@ -340,7 +342,7 @@ def test_columns_of_examples_are_passed_on(suffix: str, tmp_path: Path) -> None:
         options = ["--examples", source, "--k", "6", "--per", "source", "--output", f"{order}{suffix}"]
         code, output = invoke("select", str(table), *options, cwd=tmp_path)
         assert code == 0, output
-        rows = list((JsonlPool if suffix == ".jsonl" else ParquetPool)(tmp_path / f"{order}{suffix}").rows())
+        rows = list((FilesPool if suffix == ".jsonl" else ParquetPool)(tmp_path / f"{order}{suffix}").rows())
         assert Counter(row["source"] for row in rows) == {"a": 3, "b": 3}
         for row in rows:
             given = examples[row["n"]]
@@ -359,3 +361,38 @@ def test_schema_of_rows_holds_their_values() -> None:
     assert {name: schema.field(name).type for name in expected} == expected
     table = pa.Table.from_pylist([{**row, "d": None} for row in rows], schema)
     assert table.column("e")[-1].as_py() == {"x": None, "y": "z"}
+
+
+def test_pool_is_any_data_file(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": f"Do {n}.", "output": str(n), "s": n / 4, "t": n + 1} for n in range(8)
+    ]
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.csv").write_text(
+        "instruction,output,s,t\n" + "".join(f"Do {n}.,{n},{n / 4},{n + 1}\n" for n in range(8))
+    )
+    (tmp_path / "shards").mkdir()
+    for part in range(2):
+        (tmp_path / "shards" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows[4 * part : 4 * part + 4])))
+    for number, pool in enumerate(("a.json", "a.jsonl.gz", "a.csv", "shards", "shards/*.jsonl")):
+        for options, chosen in (
+            (["--k", "2"], {"6", "7"}),
+            (["--tokens", "21", "--token-column", "t"], {"5", "6", "7"}),
+        ):
+            out = f"{number}-{len(chosen)}.jsonl"
+            code, output = invoke("select", pool, "--by", "s", *options, "--output", out, cwd=tmp_path)
+            assert code == 0, output
+            assert {row["output"] for row in FilesPool(tmp_path / out).rows()} == chosen
+            assert ", s 1." in output
+
+
+def test_exported_prompts_are_compared(tmp_path: Path) -> None:
+    """Of TRL's prompt and completion, all turns of the prompt count."""
+    write_run(tmp_path / "trial")
+    invoke("export", "trial", "--what", "scored", "--to", "trl", "--output", "out", cwd=tmp_path)
+    invoke("export", "trial", "--what", "scored", "--to", "parquet", "--output", "flat", cwd=tmp_path)
+    texts = [dict(texts_of(open_pool(tmp_path / name), set(range(40)))) for name in ("out", "flat")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 40
