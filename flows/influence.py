@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,9 +19,10 @@ from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
-from montessori_core.data.rows import ExampleRow, Positions, Rows, TaskRow, optional_fields, schema_of
+from montessori_core.data.rows import ExampleRow, Positions, Rows, TaskRow
 from montessori_core.data.sources import Task, TaskReader, read_tasks, write_tasks
-from montessori_core.data.tables import INFLUENCE, ROW_GROUP, name_of_table, open_parquet, write_table
+from montessori_core.data.tables import INFLUENCE, name_of_table, open_parquet, write_table
+from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import ConfigError, DataError, UserError
 from montessori_core.files import commit, hash_path
 from montessori_core.influence.stored_steps import estimate_from_steps
@@ -224,7 +224,7 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
             examples.unlink()
             write_bad_rows(left_out, folder)
             write_tasks(reference, folder / _REFERENCE)
-            rows = Rows.of_file(folder / _EXAMPLES, schema_of(ExampleRow, optional_fields(ExampleRow)), ExampleRow)
+            rows = task_rows(folder / _EXAMPLES, ExampleRow)
             for name, tasks in (("examples", _tasks_of(rows)), ("reference", reference)):
                 for warning in thinking_warning(name, tasks):
                     log.warning(warning)
@@ -239,21 +239,14 @@ def _tasks_of(rows: Rows) -> Iterator[Task]:
 
 
 def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> None:
-    """Write the rows of examples to a table, with a few of them in memory."""
+    """Write the rows of examples to a table; `bad_rows` takes those that are left out."""
     reader = TaskReader(source, "examples", with_response=True)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        tasks = iter(reader)
-        while chunk := list(islice(tasks, ROW_GROUP)):
-            ids = [{"example_id": task.example_id, "prompt_id": task.example_id} for task in chunk]
-            rows = [{**task.to_training_row(), **own} for task, own in zip(chunk, ids, strict=True)]
-            for table in Rows.of(rows, ExampleRow).tables():
-                # A chunk without conversations lacks their column.
-                yield from pa.concat_tables([schema.empty_table(), table], promote_options="default").to_batches()
-
-    schema = schema_of(ExampleRow, optional_fields(ExampleRow))
-    write_table(pa.RecordBatchReader.from_batches(schema, batches()), path, schema)
+    write_task_rows(reader, path, ExampleRow, _example_row)
     reader.report(bad_rows)
+
+
+def _example_row(task: Task) -> ExampleRow:
+    return {**task.to_training_row(), "example_id": task.example_id, "prompt_id": task.example_id}
 
 
 def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> list[Task]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.fanout import fan_out
@@ -15,8 +16,9 @@ from montessori_core import programs
 from montessori_core.config import DataSource, Experiment
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.rows import Rows, TrainingRow
-from montessori_core.data.sources import read_tasks
+from montessori_core.data.sources import Task, TaskReader
 from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
+from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
 from montessori_core.export.model_card import student_card
 from montessori_core.files import commit, read_json, refuse_existing
@@ -72,45 +74,56 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
     Raises:
         UserError: an option, the data or the model is invalid, or `output` exists and has another model.
     """
-    experiment, recipe = training.experiment, training.experiment.training
     folder = output.with_name(f"{output.name}.parts").absolute()
     if not folder.exists():
         refuse_existing(output, "folder")
     bad_rows: list[BadRow] = []
-    rows = read_training_rows(training.data, bad_rows)
-    if not len(rows):
-        raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
-    check_environment(experiment)
-    check_student(experiment.student, "student.max_length")
-    settings = sft_settings(experiment, recipe, training.save_moments)
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_driver(folder):
-        student = open_student(experiment.student, folder, "student.max_length")
-        write_bad_rows(bad_rows, folder)
-        start_tracking(folder, experiment)
-        trackers = tracking_input(folder, experiment)
-        stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
-        shards = Shards(rows, len(rows))
-        _check_output(output, stage, shards)
-        record_command(folder, command, experiment.student.model, output, experiment.cluster)
-        cluster = experiment.cluster
-        with ProgressBar(f"training of {experiment.student.model}") as bar:
-            (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)
-        show_problems(folder, experiment)
-        counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
-        if not output.exists():
-            card = student_card(experiment, training.data, settings, counts, log)
-            with commit(output, durable=False) as temporary:
-                shutil.copytree(trained, temporary, copy_function=_link)
-                (temporary / CARD).write_text(card, encoding="utf-8")
+    with TemporaryDirectory() as scratch:
+        rows = read_training_rows(training.data, bad_rows, Path(scratch) / "data.parquet")
+        if not len(rows):
+            raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
+        check_environment(training.experiment)
+        check_student(training.experiment.student, "student.max_length")
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_driver(folder):
+            write_bad_rows(bad_rows, folder)
+            return _train_on_rows(training, rows, folder, output, command)
+
+
+def _train_on_rows(
+    training: StudentTraining, rows: Rows, folder: Path, output: Path, command: Sequence[str]
+) -> Trained:
+    """Train on rows in a folder, whose lock is held; see `train_on_data`."""
+    experiment, cluster = training.experiment, training.experiment.cluster
+    settings = sft_settings(experiment, experiment.training, training.save_moments)
+    student = open_student(experiment.student, folder, "student.max_length")
+    start_tracking(folder, experiment)
+    trackers = tracking_input(folder, experiment)
+    stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
+    shards = Shards(rows, len(rows))
+    _check_output(output, stage, shards)
+    record_command(folder, command, experiment.student.model, output, cluster)
+    with ProgressBar(f"training of {experiment.student.model}") as bar:
+        (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)
+    show_problems(folder, experiment)
+    counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
+    if not output.exists():
+        card = student_card(experiment, training.data, settings, counts, log)
+        with commit(output, durable=False) as temporary:
+            shutil.copytree(trained, temporary, copy_function=_link)
+            (temporary / CARD).write_text(card, encoding="utf-8")
     return Trained(counts, log)
 
 
-def read_training_rows(source: DataSource, bad_rows: list[BadRow]) -> Rows:
+def read_training_rows(source: DataSource, bad_rows: list[BadRow], copy: Path) -> Rows:
     """Read training examples: an example table of a run, or any data with an instruction and a response.
 
-    A response whose row says `response_finished: false` is trained without the end of its turn. `bad_rows` takes the rows
-    that are left out.
+    A response whose row says `response_finished: false` is trained without the end of its turn.
+
+    Args:
+        source: the data.
+        bad_rows: takes the rows that are left out.
+        copy: file to which rows of any data are written: they may be many, and the result reads them from there.
 
     Raises:
         DataError: the data cannot be read, or has no rows.
@@ -120,8 +133,10 @@ def read_training_rows(source: DataSource, bad_rows: list[BadRow]) -> Rows:
         with open_parquet(path) as file:
             if name_of_table(file.schema_arrow) == name_of_table(EXAMPLES):
                 return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
-    tasks = read_tasks(source, "data", True, bad_rows)
-    return Rows.of([task.to_training_row() for task in tasks], TrainingRow)
+    reader = TaskReader(source, "data", with_response=True)
+    write_task_rows(reader, copy, TrainingRow, Task.to_training_row)
+    reader.report(bad_rows)
+    return task_rows(copy, TrainingRow)
 
 
 def _check_output(output: Path, stage: Stage, shards: Shards) -> None:

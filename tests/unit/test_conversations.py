@@ -1,11 +1,11 @@
 """Conversations: which tokens carry loss, in the chat templates of real models."""
 
 import json
+import tracemalloc
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import example, given
@@ -15,9 +15,11 @@ from transformers import AddedToken
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import DataSource
-from montessori_core.data.rows import EarlierTurn, ExampleRow, Rows, TaskRow, TrainingRow, optional_fields, schema_of
+from montessori_core.data import task_tables
+from montessori_core.data.rows import EarlierTurn, ExampleRow, Rows, TaskRow, TrainingRow
 from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tasks
-from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
+from montessori_core.data.tables import INFLUENCE, ROW_GROUP, table_from_rows, write_table
+from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import UserError
 from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.files import hash_path
@@ -392,14 +394,27 @@ def measured(name: str) -> dict[str, object]:
     return row | {"estimator": "exact", "influence_student": 1.0, "response_tokens": 1}
 
 
-def test_streamed_single_turns_have_no_column_of_turns(tmp_path: Path) -> None:
-    schema = schema_of(ExampleRow, optional_fields(ExampleRow))
+def test_streamed_rows_have_keys_of_rows_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of single turns has no column of turns, whatever the size of its chunks is."""
+    monkeypatch.setattr(task_tables, "ROW_GROUP", 2)
+    stage = Stage("p", 1, "m:f", {"rate": 1.0}, {}, {}, tmp_path)
     for tasks, has_turns in ((SINGLE, False), ([*SINGLE, Task("c", "a", "b", earlier(*TALK))], True)):
-        table = pa.Table.from_pylist(
-            [row | {"before": row["before"] or None} for row in rows_of(tasks, ExampleRow)], schema
-        )
-        write_table(table, tmp_path / "rows.parquet", schema)
-        rows = Rows.of_file(tmp_path / "rows.parquet", schema, ExampleRow)
-        assert ("before" in rows.schema.names) == has_turns
-        stage = Stage("p", 1, "m:f", {"rate": 1.0}, {}, {}, tmp_path)
-        assert (stage.key(next(rows.tables())) == KEYS[ExampleRow]) == (not has_turns)
+        for kind in (TrainingRow, ExampleRow):
+            write_task_rows(tasks, tmp_path / "rows.parquet", kind, lambda task, kind=kind: rows_of([task], kind)[0])
+            rows = task_rows(tmp_path / "rows.parquet", kind)
+            assert ("before" in rows.schema.names) == has_turns
+            assert stage.key(next(rows.tables())) == stage.key(next(Rows.of(rows_of(tasks, kind), kind).tables()))
+
+
+def test_streamed_rows_are_not_held(tmp_path: Path) -> None:
+    """Memory does not grow with the number of rows."""
+
+    def peak(count: int) -> int:
+        tasks = (Task(str(n), f"Do {n}.", "x" * 1000) for n in range(count))
+        tracemalloc.start()
+        write_task_rows(tasks, tmp_path / "rows.parquet", TrainingRow, Task.to_training_row)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(3 * ROW_GROUP) < 1.5 * peak(ROW_GROUP)
