@@ -200,6 +200,8 @@ def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, batch.schema.names)
 
 
+# Not pyarrow.dataset: it infers types of cells (an answer "4" would be a number), names no line of a bad row, and has no
+# bound on a row or on what a file grows to.
 _READERS: Mapping[str, Callable[[DataFile], Rows]] = {
     ".jsonl": _line_rows,
     ".ndjson": _line_rows,

@@ -12,7 +12,7 @@ import yaml
 from datasets import load_dataset
 
 from montessori_core.config import Cluster, DataSource, parse_experiment, read_experiment
-from montessori_core.data.sources import read_tasks, write_tasks
+from montessori_core.data.sources import Task, read_tasks, write_tasks
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, read_table
 from montessori_core.export.formats import FORMATS
 from montessori_core.export.markdown import escape, fenced, table
@@ -70,6 +70,11 @@ def test_export_keeps_tokens_and_masks(run: Path, tokenizer: Any, form: str, tmp
     rows = list(loaded(tmp_path / "out", tmp_path / "cache"))
     examples = read_table(run / "iteration-2" / "training" / "examples.parquet", EXAMPLES).to_pylist()
     assert [row["id"] for row in rows] == [example["example_id"] for example in examples]
+    source = DataSource(path=str(tmp_path / "out"))
+    assert read_tasks(source, "data", with_response=True) == [
+        Task(row["example_id"], row["instruction"].strip(), row["response"], unfinished=not row["response_finished"])
+        for row in examples
+    ]
     own = tokenizer.chat_template
     for template in TEMPLATES.values():
         tokenizer.chat_template = template or own
