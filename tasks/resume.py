@@ -105,7 +105,7 @@ def resume_command(folder: Path, options: str = "") -> str:
 
 
 def enter_directory(run: Path) -> None:
-    """Change to the directory from which a run was opened, if it is here and open to this user: model paths may be relative."""
+    """Change to the directory from which a run was opened, if this user can: paths of its models may be relative."""
     directory = (read_json(run / layout.PROVENANCE) or {}).get("driver", {}).get("directory")
     if directory is not None:
         with suppress(OSError):
