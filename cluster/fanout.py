@@ -383,11 +383,10 @@ class _Driver:
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):
             job_id, left = running[index]
             node = self._stage.node_of(job_id.split(":")[0])
-            avoid = self._avoid | ({node} if node else set())
-            if not self._backend.group(left, self._resources.parallel_jobs - self._running, avoid):
+            if not self._backend.group(left, self._resources.parallel_jobs - self._running, self._avoid, node):
                 return  # no slot, GPU or held job is free
             log.warning(
                 "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"
             )
             self._duplicated.update(left)
-            self._submit([left], avoid)
+            self._submit([left], self._avoid | ({node} if node else set()))

@@ -1,6 +1,6 @@
 """Space on the disk for the models that a run or a study keeps; all are in fp32.
 
-Other files are small beside them, except checkpoints: a training keeps one with AdamW's moments until it ends.
+Other files are small beside them, except checkpoints with AdamW's moments: a training keeps the last until it ends.
 """
 
 import shutil
@@ -13,7 +13,9 @@ from montessori_core.models.fetch import full_model
 from montessori_core.models.fingerprints import count_weights
 from tasks.run import Run
 
-_WEIGHT, _MOMENTS = 4, 8  # bytes for each weight
+# Bytes for each weight. A checkpoint has moments and two copies of the weights, for transformers and for DeepSpeed: both in
+# fp32, or both in bf16 beside fp32 masters.
+_WEIGHT, _MOMENTS, _CHECKPOINT = 4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Kept:
     Attributes:
         teacher, student: weights of an updated teacher, and of a trained student.
         moments: AdamW's moments of a student.
-        checkpoint: of the larger model, while it is trained.
+        checkpoints: of the larger model while it is trained: the last one, and the next while it is written.
     """
 
     teacher: int
     student: int
     moments: int
-    checkpoint: int
+    checkpoints: int
 
     @staticmethod
     def of(run: Run) -> "Kept":
@@ -37,8 +39,8 @@ class Kept:
         experiment = run.experiment
         teacher = 0 if experiment.teacher_update.lora else count_weights(full_model(Path(run.initial_teacher().path)))
         student = 0 if experiment.student.lora else count_weights(full_model(Path(run.initial_student().path)))
-        checkpoint = (_WEIGHT + _MOMENTS) * max(teacher, student)
-        return Kept(_WEIGHT * teacher, _WEIGHT * student, _MOMENTS * student, checkpoint)
+        checkpoints = 2 * _CHECKPOINT * max(teacher, student)
+        return Kept(_WEIGHT * teacher, _WEIGHT * student, _MOMENTS * student, checkpoints)
 
     def of_run(self, experiment: Experiment) -> int:
         """Return the bytes of a run: warm student, and teachers and students of its iterations."""
@@ -74,11 +76,11 @@ def warn_of_space(folder: Path, needed: int) -> list[str]:
 def warn_of_run(run: Run) -> list[str]:
     """Return a warning if a new run may fill the disk."""
     kept = Kept.of(run)
-    return warn_of_space(run.folder, kept.of_run(run.experiment) + kept.checkpoint)
+    return warn_of_space(run.folder, kept.of_run(run.experiment) + kept.checkpoints)
 
 
 def warn_of_study(study: Study, runs: Sequence[Run], folder: Path) -> list[str]:
     """Return a warning if a new study may fill the disk; `runs` are a seed's: of its student, and of transfer students."""
     kept, *transfer = map(Kept.of, runs)
-    checkpoint = max(of.checkpoint for of in (kept, *transfer))
-    return warn_of_space(folder, kept.of_study(study, transfer) + checkpoint)
+    checkpoints = max(of.checkpoints for of in (kept, *transfer))
+    return warn_of_space(folder, kept.of_study(study, transfer) + checkpoints)

@@ -15,7 +15,13 @@ from montessori_core.data.contamination import overlapping
 from montessori_core.data.rows import BenchmarkRow, GenerationRow
 from montessori_core.data.tables import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.evaluation import alpaca_eval
-from montessori_core.evaluation.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
+from montessori_core.evaluation.scores import (
+    item_scores,
+    judged_benchmark,
+    mt_bench_scores,
+    tasks_without_scores,
+    win_rate_scores,
+)
 from montessori_core.files import write_json
 from montessori_core.judging import mt_bench
 from montessori_core.models.thinking import is_cut_thinking
@@ -98,8 +104,8 @@ def _items(run: Run) -> Path:
 def _score_items(step: Step, student: Model) -> list[Row]:
     benchmarks = step.experiment.benchmarks
     shots = {task.name: task.shots for task in benchmarks.tasks}
-    items = read_table(_items(step.run), ITEMS, ["benchmark", "task", "item"]).to_pylist()
-    rows = [row | {"shots": shots[row["benchmark"]]} for row in items]
+    items = read_table(_items(step.run), ITEMS, ["benchmark", "task", "item"])
+    rows = [row | {"shots": shots[row["benchmark"]]} for row in items.to_pylist()]
     scoring = step.at("items", "benchmarks")
     parts = scoring.execute(
         programs.HARNESS,
@@ -110,7 +116,10 @@ def _score_items(step: Step, student: Model) -> list[Row]:
         files=_task_folder(step.run),
     )
     table = _join(f"{scoring.label}, table", step.folder / "items.parquet", parts, ITEM_SCORES)
-    return item_scores(read_table(table, ITEM_SCORES))
+    scored = read_table(table, ITEM_SCORES)
+    if unscored := tasks_without_scores(items, scored):
+        warn(scoring.label, f"no score, because none of their metrics is a number per item: {', '.join(unscored)}")
+    return item_scores(scored)
 
 
 def _answer_alpaca_eval(step: Step, student: Model) -> Path:

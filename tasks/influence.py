@@ -1,5 +1,6 @@
 """Local data influence (Section 3.2): measure shards of examples, and join their tables."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from montessori_core.influence.table import (
     join_influence,
     summarize_influence,
 )
-from montessori_core.models.fingerprints import moments_fingerprint
+from montessori_core.models.fingerprints import moments_fingerprint, moments_recipe
 from tasks.plots import histogram
 from tasks.run import Model
 from tasks.screening import estimate_influence
@@ -52,7 +53,9 @@ class _Stages:
 
     def __init__(self, step: Step, student: Model, examples: Path, rows: Rows, paired: bool) -> None:
         self._step, self._examples, self._rows, self._paired = step, examples, rows, paired
-        self._models = {"student": student, "moments": Model(student.path, moments_fingerprint(Path(student.path)))}
+        folder = Path(student.path)
+        self._models = {"student": student, "moments": Model(student.path, moments_fingerprint(folder))}
+        self._adamw = moments_recipe(folder)
         self.parts: list[Path] = []
         self.warnings: list[str] = []
 
@@ -77,7 +80,7 @@ class _Stages:
     def _execute(self, step: Step, estimator: str, rows: Rows) -> list[Path]:
         parts = step.execute(
             programs.INFLUENCE,
-            influence_settings(step.experiment, estimator),
+            influence_settings(step.experiment, estimator, self._adamw),
             rows,
             step.experiment.influence.examples_per_shard,
             models=self._models,
@@ -114,11 +117,20 @@ def _join(
     return table
 
 
-def influence_settings(experiment: Experiment, estimator: str) -> programs.InfluenceMeasurement:
-    """Return the settings of a measurement by an estimator, 'exact', 'first_order' or 'linear'."""
+def influence_settings(
+    experiment: Experiment, estimator: str, adamw: Mapping[str, float]
+) -> programs.InfluenceMeasurement:
+    """Return the settings of a measurement.
+
+    Args:
+        experiment: the step has the peak rate of its warm-up, unless `influence` sets another.
+        estimator: 'exact', 'first_order' or 'linear'.
+        adamw: AdamW's settings of the steps that left the student's moments, see `moments_recipe`. A student of a later
+            iteration has no warm-up.
+    """
     return programs.measurement_settings(
         experiment.influence,
-        experiment.warmup,
+        experiment.warmup.model_copy(update=adamw),
         experiment.student.max_length,
         estimator,
         experiment.preferences.baseline,

@@ -6,6 +6,7 @@ The commands evaluate, train, influence and validate record themselves in their 
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.records import Record, read_record
@@ -104,10 +105,11 @@ def resume_command(folder: Path, options: str = "") -> str:
 
 
 def enter_directory(run: Path) -> None:
-    """Change to the directory from which a run was opened, if there still is one: paths of its models may be relative."""
+    """Change to the directory from which a run was opened, if this user can: paths of its models may be relative."""
     directory = (read_json(run / layout.PROVENANCE) or {}).get("driver", {}).get("directory")
-    if directory is not None and os.path.isdir(directory):
-        os.chdir(directory)
+    if directory is not None:
+        with suppress(OSError):
+            os.chdir(directory)
 
 
 def refusal_of_changes(folder: Path, changed: Sequence[str], may_change: str = "") -> UserError:

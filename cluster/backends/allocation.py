@@ -73,7 +73,9 @@ class AllocationBackend(LocalBackend):
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def group(
+        self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
+    ) -> list[Task]:
         """Cut shards into a job for each place that is free; the other shards wait, for the places that become free."""
         places = self._resources.parallel_jobs
         if self._fit is not None:

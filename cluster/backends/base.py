@@ -30,8 +30,13 @@ class Backend(Protocol):
         """Start slow preparations for the first job, without waiting for them."""
         ...
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
-        """Cut shards into the tasks to submit now, if `free` more jobs may run outside the nodes `avoid`; the others wait."""
+    def group(
+        self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
+    ) -> list[Task]:
+        """Cut shards into the tasks to submit now, if `free` more jobs may run outside the nodes `avoid`; the others wait.
+
+        Copies of slow shards may not run on `slow_node` either; unlike `avoid`, it is not excluded for other shards.
+        """
         ...
 
     def submit(

@@ -79,23 +79,28 @@ class HeldBackend(AllocationBackend):
         self._elements: dict[str, str] = {}
         self._held_of: dict[str, str] = {}
         self._needed: frozenset[str] = frozenset()  # nodes without which too few are left
+        self._impossible: set[frozenset[str]] = set()  # nodes without which no copy of a slow shard can run
         self._refused_until = 0.0
+        self._has_submitted = False
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def group(
+        self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
+    ) -> list[Task]:
         """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing.
 
         Held jobs on the nodes `avoid` do not count: they may have started before the driver excluded these nodes.
         """
         avoid -= self._needed
-        held = self._queue(avoid)
+        without = avoid | ({slow_node} if slow_node else set())
+        held = self._queue(without)
         if held is None or free <= 0:
             return []
         busy = _jobs_with_steps()
         free_jobs = [job for job in held if job.id not in busy]
         # A job whose step is ending counts as held: it is free in a moment.
         missing = min(min(free, len(shards)) - len(free_jobs), self._resources.parallel_jobs - len(held))
-        if missing > 0 and time.monotonic() >= self._refused_until:
-            self._submit_held(missing, avoid)
+        if missing > 0 and time.monotonic() >= self._refused_until and without not in self._impossible:
+            self._submit_held(missing, avoid, without)
         self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]
         self._elements |= {job.id: job.element for job in held}
         return self.hand_out(shards, len(self._ready), self._resources.parallel_jobs)
@@ -135,22 +140,28 @@ class HeldBackend(AllocationBackend):
         running = [
             job for job in held if job.state == "RUNNING" and job.seconds_left >= needed and job.id not in excluded
         ]
-        pending = [job for job in held if job.state in _PENDING_STATES]
-        self._check_time_limit(pending)
-        return running + pending
+        return running + self._startable([job for job in held if job.state in _PENDING_STATES])
 
-    def _check_time_limit(self, pending: Sequence[_Held]) -> None:
-        """Raise a UserError if Slurm accepted jobs that are longer than their partition allows: they would wait for ever."""
+    def _startable(self, pending: list[_Held]) -> list[_Held]:
+        """Return the pending jobs that can start; cancel those that Slurm accepted although their partition allows less time.
+
+        Raises:
+            UserError: this driver asks for too much time; jobs of an earlier one may have had other settings.
+        """
         several = "," in (self._slurm.partition or "")  # one of them may allow it
-        if not several and any(job.reason == "PartitionTimeLimit" for job in pending):
+        too_long = [job for job in pending if job.reason == "PartitionTimeLimit" and not several]
+        if too_long:
+            run_command("scancel", "--quiet", *(job.element for job in too_long))
+        if too_long and self._has_submitted:
             raise UserError(
                 f"held jobs exceed their partition's time limit: they ask for cluster.slurm.hold.minutes "
                 f"({self._hold.minutes}) and time_limit_minutes of the stage ({self._resources.time_limit_minutes}); lower "
                 "one of them, or choose another partition"
             )
+        return [job for job in pending if job not in too_long]
 
-    def _submit_held(self, count: int, avoid: frozenset[str]) -> None:
-        """Submit held jobs, excluding nodes.
+    def _submit_held(self, count: int, avoid: frozenset[str], without: frozenset[str]) -> None:
+        """Submit held jobs, excluding the nodes `without`: those of `avoid`, and for a copy of a slow shard that shard's.
 
         If Slurm does not answer or accepts no more of this user's jobs, it is asked again later.
 
@@ -170,18 +181,22 @@ class HeldBackend(AllocationBackend):
             f"--output={self._folder}/%A_%a.log",
             "--no-requeue",
         ]
-        if avoid:
-            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *avoid})))}")
+        if without:
+            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *without})))}")
         try:
             answer = call_sbatch(path, *options)
         except SchedulerUnavailable as error:
             self._pause(str(error))
             return
         if answer.returncode == 0:
+            self._has_submitted = True
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
         passing = self._sbatch.accepts_later(refusal)
+        if not passing and without != avoid:
+            self._impossible.add(without)
+            return
         if not passing and not avoid and _queued("--me", f"--name={self._name}") == []:
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."

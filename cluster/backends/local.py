@@ -60,7 +60,9 @@ class LocalBackend:
         if self.forks_jobs:
             warm_process()
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def group(
+        self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
+    ) -> list[Task]:
         """Distribute shards evenly over the jobs that may still start; a job computes its shards in turn."""
         if self._resources.gpus_per_node:
             free = min(free, len(self._free_gpus()) // self._resources.gpus_per_node)

@@ -92,7 +92,9 @@ class SlurmBackend:
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def group(
+        self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
+    ) -> list[Task]:
         """Cut shards into the tasks of one array; the scheduler limits how many run at a time."""
         # Submit nothing while the controller is down (restart, failover): sbatch would fail, and end the run.
         if free <= 0 or self._squeue("--me") is None:

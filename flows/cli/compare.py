@@ -17,7 +17,12 @@ def compare(
     study: Annotated[Path, typer.Argument(help="Study: a YAML file or a preset, e.g. quickstart.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. experiment.training.examples=100."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one field, e.g. experiment.training.examples=100. Relative paths are read from the directory in "
+            "which the study was started.",
+        ),
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
     cluster: ClusterFile = None,
@@ -27,9 +32,11 @@ def compare(
     from flows.disk import warn_of_study
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
+    from montessori_core.presets import find_configuration
 
     if study.name == STUDY and (seeds := sorted(study.resolve().parent.glob("seed-*"))):  # a study that has begun
-        study, run_root, cluster = study.resolve(), run_root.resolve(), cluster and cluster.resolve()
+        study, run_root = study.resolve(), run_root.resolve()
+        cluster = cluster and find_configuration(cluster, "clusters").resolve()
         enter_directory(seeds[0])
     settings = read_study(study, tuple(set_ or []))
     settings = settings.model_copy(update={"experiment": on_cluster(settings.experiment, cluster, study)})

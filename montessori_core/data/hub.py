@@ -5,10 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from montessori_core.config import DataSource
-from montessori_core.data.files import DataFile
 from montessori_core.errors import DataError
-
-_ARCHIVES = (".zip", ".tar", ".7z", ".rar")
 
 
 def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
@@ -24,16 +21,20 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     """
     import datasets
 
+    from montessori_core.data.downloads import CheckedDownloads
+
     path = os.path.expanduser(source.path)
     # The library recognises files by path and time of change: another file with the same time would not be read.
-    mode = datasets.DownloadMode.FORCE_REDOWNLOAD if os.path.isdir(path) else None
+    anew = os.path.isdir(path)
+    mode = datasets.DownloadMode.FORCE_REDOWNLOAD if anew else None
     try:
-        if os.path.isdir(path):
-            found = datasets.load_dataset_builder(path, source.subset, download_mode=mode).config.data_files
-            _check_files(path, [name for names in (found or {}).values() for name in names])
-        rows = datasets.load_dataset(
-            path, source.subset, split=source.split, revision=source.revision, download_mode=mode
-        )
+        builder = datasets.load_dataset_builder(path, source.subset, revision=source.revision, download_mode=mode)
+        if anew:
+            _check_paths(path, [name for names in (builder.config.data_files or {}).values() for name in names])
+        config = datasets.DownloadConfig(force_download=anew, force_extract=anew, use_etag=False)
+        downloads = CheckedDownloads(builder.dataset_name, download_config=config, base_path=builder.base_path)
+        builder.download_and_prepare(download_mode=mode, dl_manager=downloads)
+        rows = builder.as_dataset(source.split)
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds
@@ -58,26 +59,17 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{source.path} ({place}), row {number + 1}: cannot be read ({error})") from error
 
 
-def _check_files(folder: str, names: list[str]) -> None:
-    """Check the files that the card of a folder names, before the library reads them without a bound.
+def _check_paths(folder: str, names: list[str]) -> None:
+    """Check that the card of a folder names files of the folder.
 
     Raises:
-        DataError: a file is outside of the folder, is damaged, or is an archive or a decompression bomb.
+        DataError: a file is outside of it.
     """
     roots = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
     for name in names:
-        archive, path = name.rpartition("::")[::2]
+        path = name.rpartition("::")[2]
         if "://" in path or not os.path.abspath(path).startswith(roots):
             raise DataError(f"{folder}: its card names {path!r}, which is outside of the folder; remove that entry")
-        if archive or path.endswith(_ARCHIVES):
-            raise DataError(
-                f"{folder}: its card names the archive {path!r}, whose size is unknown; unpack it, and name the files"
-            )
-        file = DataFile(path, path)
-        if file.kind and file.compression:
-            with file.open() as stream:
-                while stream.read(2**20):
-                    pass
 
 
 def _subsets_of(path: str, revision: str | None) -> list[str]:

@@ -150,6 +150,16 @@ def _batch_size(metadata: pq.FileMetaData) -> int:
     return max(rows, 1)
 
 
+def check_parquet(file: DataFile) -> None:
+    """Check the sizes in the footer of a Parquet file.
+
+    Raises:
+        DataError: it is damaged, or a decompression bomb.
+    """
+    with file.open_seekable() as stream, _table_errors(file, "Parquet"):
+        _check_expansion(pq.read_metadata(stream), file.name)
+
+
 def _check_expansion(metadata: pq.FileMetaData, name: str) -> None:
     """Refuse a decompression bomb."""
     for _, column in _chunks(metadata):

@@ -39,7 +39,9 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
         recorder.progress(0)
         for position, row in enumerate(rows):
             records: list[Row] = []
-            for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():
+            tasks = _load(manager, row["benchmark"], inputs.get("tasks"))
+            _check_metrics(row["benchmark"], tasks)
+            for task in tasks.values():
                 for index, item in enumerate(task.eval_docs):
                     if row["limit"] is not None and index >= row["limit"]:
                         break
@@ -162,6 +164,27 @@ def _load(manager: Any, benchmark: str, folder: Path | None) -> dict[str, Any]:
     return tasks
 
 
+def _check_metrics(benchmark: str, tasks: dict[str, Any]) -> None:
+    """Check that a task may have a score per item, before a model is scored on it.
+
+    Raises:
+        DataError: none has one by its metrics. Of a task with a function in place of the usual metrics nothing is known.
+    """
+    if all(task.get_config("process_results") is None and not _means(task.aggregation()) for task in tasks.values()):
+        names = sorted({metric for task in tasks.values() for metric in task.aggregation()})
+        raise DataError(
+            f"benchmarks.tasks: {benchmark!r} has no metric that is a mean over its items ({', '.join(names)} are over all "
+            "items at once), so that it would have no score; leave it out, or give it such a metric, as acc, in a custom task"
+        )
+
+
+def _means(aggregations: dict[str, Any]) -> list[str]:
+    """Return the metrics that are means over items; others, such as corpus BLEU or perplexity, have no score per item."""
+    from lm_eval.api.metrics import mean, nanmean
+
+    return [metric for metric, aggregation in aggregations.items() if aggregation in (mean, nanmean)]
+
+
 def _set_shots(task: Any, shots: int | None) -> None:
     default = task.get_config("num_fewshot")
     if default is None or (shots is not None and default != 0):  # 0 in a task file: the prompt has demonstrations
@@ -183,7 +206,6 @@ def _draw_by_item(task: Any) -> None:
 def _score(
     model: Any, tasks: dict[str, Any], items: list[tuple[str, int]], benchmark: str, chat_template: bool
 ) -> Iterator[Row]:
-    from lm_eval.api.metrics import mean, nanmean
     from lm_eval.evaluator import evaluate
 
     items_by_task: dict[str, list[int]] = {}
@@ -198,11 +220,11 @@ def _score(
     )
     for name, samples in results["samples"].items():
         higher, aggregations = results["higher_is_better"][name], tasks[name].aggregation()
+        means = _means(aggregations)
         for sample in samples:
             for metric in sample["metrics"]:
                 value = sample[metric]
-                # A metric over all items, such as corpus BLEU or perplexity, has no score per item.
-                if aggregations.get(metric, mean) not in (mean, nanmean):
+                if metric in aggregations and metric not in means:
                     continue
                 if not isinstance(value, int | float) or not math.isfinite(value):
                     continue

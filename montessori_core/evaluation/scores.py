@@ -51,6 +51,11 @@ def item_scores(table: pa.Table) -> list[Row]:
     return scores
 
 
+def tasks_without_scores(items: pa.Table, scored: pa.Table) -> list[str]:
+    """Return the tasks with items in a table of schema `ITEMS` that have no row in a table of schema `ITEM_SCORES`."""
+    return sorted(set(items["task"].to_pylist()) - set(scored["task"].to_pylist()))
+
+
 def win_rate_scores(benchmark: str, rates: WinRates) -> list[Row]:
     """Return the win rate and the length-controlled win rate, as shares of 1."""
     judged = rates.wins + rates.ties + rates.losses

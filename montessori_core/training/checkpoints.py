@@ -48,10 +48,11 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def remove_incomplete_checkpoints(checkpoints: Path) -> None:
-    """Remove what a killed job left: the trainer would keep it, and remove the last complete checkpoint instead."""
+def remove_other_checkpoints(checkpoints: Path) -> None:
+    """Remove all checkpoints but the last complete one, from which a training resumes."""
+    last = last_complete_checkpoint(checkpoints)
     for path in checkpoints.glob("checkpoint-*"):
-        if not (path / _COMPLETE).exists():
+        if path != last:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -91,10 +92,12 @@ class CheckpointCallback(TrainerCallback):
         self._step_end = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as complete; exit if the scheduler ends the job."""
+        """Mark the checkpoint as complete and remove the one before it; exit if the scheduler ends the job."""
         torch.distributed.barrier()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            checkpoints = Path(args.output_dir)
+            (checkpoints / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            remove_other_checkpoints(checkpoints)
         self._last_save = time.monotonic()
         self._longest_save = max(self._longest_save, self._last_save - self._step_end)
         if self._signalled:

@@ -19,7 +19,7 @@ from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.models.rendering import end_tokens
 from montessori_core.program import Report
-from montessori_core.training.checkpoints import last_complete_checkpoint, remove_incomplete_checkpoints
+from montessori_core.training.checkpoints import last_complete_checkpoint, remove_other_checkpoints
 from montessori_core.training.masters import MastersCallback, gather_masters
 from montessori_core.training.schedule import rate_factor
 
@@ -95,8 +95,7 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
         "dataloader_drop_last": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would show the mean of earlier losses in place of NaN
-        "save_strategy": "no",  # `CheckpointCallback` asks for checkpoints
-        "save_total_limit": 2,  # the last may be incomplete if the job is killed
+        "save_strategy": "no",  # `CheckpointCallback` asks for checkpoints, and removes them
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
@@ -247,7 +246,7 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
     trainer.add_callback(FiniteCallback())
     trainer.add_callback(SingleProcessCallback(trainer))
     if trainer.is_world_process_zero():
-        remove_incomplete_checkpoints(checkpoints)
+        remove_other_checkpoints(checkpoints)
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint is None:
         trainer.add_callback(MastersCallback(trainer, model))

@@ -50,7 +50,7 @@ def one_manager(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two custom tasks with local data: sums to generate, with demonstrations, and capitals to choose."""
+    """Custom tasks with local data: sums to generate, with demonstrations, and capitals to choose; two have no scores."""
     folder = tmp_path_factory.mktemp("tasks")
     sums = [{"question": f"{a} plus {a + 1}", "answer": str(2 * a + 1)} for a in range(12)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
@@ -80,8 +80,19 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doc_to_target": "answer",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    for task in (written, chosen):
+    prose = {
+        "task": "own_prose",
+        "dataset_kwargs": {"data_files": "sums.jsonl"},
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    for task in (written, chosen, prose):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(shared | task))
+    (folder / "own.py").write_text("def lengths(item, results):\n    return {'bleu': (item['answer'], results[0])}\n")
+    unscored = yaml.safe_dump(shared | written | {"task": "own_lengths", "metric_list": [{"metric": "bleu"}]})
+    (folder / "own_lengths.yaml").write_text(f"{unscored}process_results: !function own.lengths\n")
     return folder
 
 
@@ -258,6 +269,15 @@ def test_metric_without_mean_over_items_is_left_out(tiny_llama: Path, tmp_path: 
     assert read_table(tmp_path / "scores.parquet", ITEM_SCORES)["metric"].to_pylist() == ["acc"]
 
 
+def test_task_without_mean_over_items_is_refused(tasks: Path, tmp_path: Path) -> None:
+    """When its items are listed, before a model is scored; a function may have other metrics."""
+    with pytest.raises(
+        DataError, match=r"'own_prose' has no metric that is a mean over its items .word_perplexity are"
+    ):
+        items_of(tasks, tmp_path, "own_prose")
+    assert len(items_of(tasks, tmp_path, "own_lengths")) == 12
+
+
 def test_unavailable_tasks_are_named(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no task 'arc_chalenge'.*benchmarks.task_folder"):
         items_of(tasks, tmp_path, "arc_chalenge")
@@ -289,7 +309,7 @@ def test_seed_scores_are_averaged_in_order() -> None:
 @pytest.mark.slow
 def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talking_llama: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
-    own = {"task_folder": str(tasks), "tasks": [{"name": "own_sums"}], "items_per_shard": 5}
+    own = {"task_folder": str(tasks), "tasks": [{"name": "own_sums"}, {"name": "own_lengths"}], "items_per_shard": 5}
     config = tmp_path / "evaluation.yaml"
     config.write_text(yaml.safe_dump(content | {"benchmarks": own}))
     command = ("evaluate", str(talking_llama), "--config", str(config), "--name", "mine")
@@ -300,6 +320,7 @@ def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talkin
     }
     code, output = call(*command, cwd=tmp_path, **secrets)
     assert code == 0, output
+    assert "none of their metrics is a number per item: own_lengths" in " ".join(output.split())
     folder = tmp_path / "runs" / "mine"
     done = {path: path.read_bytes() for path in folder.rglob("*.manifest.json")}
 

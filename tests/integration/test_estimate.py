@@ -1,6 +1,7 @@
 """The estimate of a run before its first job."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.fanout import fan_out
+from cluster.stage import Stage
 from flows import estimate
 from flows.cli.tables import print_estimate
 from flows.disk import Kept, warn_of_run, warn_of_study
 from flows.estimate import PlannedStage, Sizes, estimate_run, planned_stages
-from montessori_core.config import Experiment, Student, Study
+from montessori_core.config import Cluster, Experiment, Optimization, Resources, Student, Study, Zero
+from montessori_core.programs import Sft
 from montessori_core.speed import measure_gflops
+from support import ROOT
+from support.killed_jobs import COUNTED_SFT
+from support.row_programs import as_shards
 from tasks.run import open_run, reopen_run
 
 SIZES = Sizes(
@@ -149,14 +156,30 @@ def test_models_on_disk_are_as_planned(finished_run: Path) -> None:
     assert Kept.of(run).of_run(run.experiment) == pytest.approx(written, rel=0.05)
 
 
+def test_checkpoints_on_disk_are_as_planned(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the peak, which is when one is complete and the one before it is not removed yet."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    recipe = Optimization(batch_size=1, micro_batch_size=1)
+    settings = Sft(max_length=64, lora=None, recipe=recipe, zero=Zero(stage=0), seed=0, save_moments=False)
+    rows = [{"instruction": f"Name {n} rivers.", "response": "The Rhine.", "response_finished": True} for n in range(5)]
+    stage = Stage.of(COUNTED_SFT, settings, tmp_path / "stage", {"student": tiny_llama}, {})
+    fan_out(stage, as_shards(rows), Resources(), Cluster(poll_seconds=0.1))
+    written = [int(line) for line in (tmp_path / "stage" / "bytes.txt").read_text().split()]
+    assert len(written) == 4  # steps before the last
+    run, _ = open_run(experiment(tiny_llama), tmp_path / "run")
+    assert Kept.of(run).checkpoints == pytest.approx(max(written), rel=0.2)  # tied embeddings are there twice more
+
+
 def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = reopen_run(finished_run / "runs" / "tiny")
     study = Study(experiment=run.experiment, methods=("montessori", "self_instruct", "select"), seeds=(0, 1))
     assert warn_of_run(run) == warn_of_study(study, [run], run.folder) == []
     kept = Kept.of(run)
-    needed = kept.of_run(run.experiment) + kept.checkpoint
+    needed = kept.of_run(run.experiment) + kept.checkpoints
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed))
     assert warn_of_run(run) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    assert len(warn_of_run(run)) == 1
     (warning,) = warn_of_study(study, [run], run.folder)
     assert "free space, or choose another --run-root" in warning
     assert 2 * kept.of_run(run.experiment) < kept.of_study(study, [])

@@ -1,8 +1,9 @@
-"""Models from a hub: the driver fetches them once, a run keeps its commit, workers need no hub.
+"""Models and data sets from a hub: the driver fetches models once, a run keeps its commit, workers need no hub.
 
 A local server implements the hub's protocol for the real client.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -33,9 +34,19 @@ except UserError as error:
 print(Path(run.initial_teacher().path).name, run.initial_teacher().sha256)
 """
 
+READ_ROWS = """
+from montessori_core.config import DataSource
+from montessori_core.data.sources import read_tasks
+from montessori_core.errors import UserError
+try:
+    print(len(read_tasks(DataSource(path="group/tiny"), "reference", True)), "rows")
+except UserError as error:
+    print(error)
+"""
+
 
 class Hub(ThreadingHTTPServer):
-    """A hub with one public model; `gated` requires an agreement."""
+    """A hub with one public model or data set; `gated` requires an agreement."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -62,8 +73,9 @@ class _Answer(BaseHTTPRequestHandler):
         elif path.startswith("/api/"):
             names = [{"rfilename": file.name} for file in files]
             content = json.dumps({"id": "group/tiny", "sha": self.server.commit, "siblings": names}).encode()
+        elif not (file := self.server.folder / path.rpartition("/")[2]).exists():
+            status, content, headers["X-Error-Code"] = 404, b"{}", "EntryNotFound"
         else:
-            file = self.server.folder / path.rpartition("/")[2]
             content, headers["ETag"] = file.read_bytes(), f'"{digest(file)}"'
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -94,14 +106,12 @@ def hub(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
 
 
 def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", OPEN_RUN, str(folder), student],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python(OPEN_RUN, str(folder), student)
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.guarantee("commit that changes during a run")
@@ -147,3 +157,22 @@ def test_licence_is_that_of_the_downloaded_card(hub: Hub, tiny_llama: Path, tmp_
         command = [sys.executable, "-c", LICENCE, revision]
         said = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
         assert said.stdout.strip() == known
+
+
+@pytest.mark.guarantee("decompression bombs")
+def test_bomb_in_hub_data_set_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.folder = tmp_path / "rows"
+    hub.folder.mkdir()
+    row = json.dumps({"instruction": "Name a colour.", "output": "Red."}).encode()
+    (hub.folder / "train.jsonl.gz").write_bytes(gzip.compress(row))
+    assert python(READ_ROWS).stdout == "1 rows\n"
+    for commit, name, message in (
+        ("2" * 40, "train.jsonl.gz", "grow to more than"),
+        ("3" * 40, "train.jsonl", "compressed in a way that its name does not say"),
+    ):
+        hub.commit = commit
+        (hub.folder / "train.jsonl.gz").unlink()
+        (hub.folder / name).write_bytes(gzip.compress(row + b" " * 2**25))
+        refused = python(READ_ROWS)
+        assert f"{commit}/{name}: " in refused.stdout, refused.stderr
+        assert message in refused.stdout

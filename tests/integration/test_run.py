@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prefect.exceptions import FlowPauseTimeout
 
+from cluster.records import Description, read_record
 from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel
 from cluster.stage import Stage
@@ -496,6 +497,11 @@ def test_second_iteration_starts_from_first(finished_run: Path, shared_server: d
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
+    for number, betas in ((1, (0.9, 0.999)), (2, (0.8, 0.99))):  # of the training that left the moments
+        for name in ("influence", "training-influence"):
+            description = read_record(run / f"iteration-{number}" / name / "stage.json", Description)
+            assert description is not None
+            assert (description.settings["step"]["beta1"], description.settings["step"]["beta2"]) == betas
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from montessori_core.files import hash_path
+from montessori_core.files import hash_path, write_json
 from support import ROOT
 from support.runs import configuration
+from tasks.resume import enter_directory
 
 ALICE, BOB, GROUP = 61001, 61002, 61000
 
@@ -114,6 +115,23 @@ def test_users_share_a_run_root(talking_llama: Path, shared: Path) -> None:
     for folder in jobs:
         again = copy / folder.relative_to(run)
         assert len(list(again.iterdir())) == len(list(folder.iterdir())), f"{again}: the stage ran again"
+
+
+@pytest.mark.guarantee("run copied or moved to another path")
+def test_start_in_a_closed_home_does_not_hinder_a_copy(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, copy = shared / "home", shared / "copy"
+    home.mkdir(mode=0o700)
+    os.chown(home, ALICE, GROUP)
+    copy.mkdir()
+    write_json({"driver": {"directory": str(home)}}, copy / "provenance.json")
+    (copy / "provenance.json").chmod(0o644)
+    monkeypatch.chdir(shared)
+    os.seteuid(BOB)
+    try:
+        enter_directory(copy)
+    finally:
+        os.seteuid(0)
+    assert Path.cwd() == shared
 
 
 @pytest.mark.guarantee("file of another user")

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,21 @@ def test_changed_study_is_not_finished(tiny_llama: Path, tmp_path: Path) -> None
     for change, finished in [("experiment.cluster.poll_seconds=0.5", True), ("seeds=[1,2]", False)]:
         open_study(read_study(path, ("seeds=[1]", change)), folder)
         assert is_finished(reopen(folder)) == finished, change
+
+
+def test_begun_study_takes_a_cluster_of_the_users_directory(tiny_llama: Path, tmp_path: Path) -> None:
+    """Or a preset's; other paths are read from the directory in which the study was started."""
+    path, folder, elsewhere = tmp_path / "study.yaml", tmp_path / "runs" / "study", tmp_path / "elsewhere"
+    path.write_text(yaml.safe_dump({"experiment": configuration(tmp_path, tiny_llama).name}))
+    with chdir(tmp_path):
+        open_study(read_study(path, ("seeds=[1]",)), folder)
+    elsewhere.mkdir()
+    (elsewhere / "own.yaml").write_text("profile: allocation")
+    for cluster, profile in (("workstation", "local"), ("own.yaml", "allocation")):
+        command = ["compare", f"{folder}/study.yaml", "--cluster", cluster, "--submit-driver"]
+        code, output = invoke(*command, cwd=elsewhere)
+        assert code == 1, cluster
+        assert f"cluster.profile is {profile}" in output  # the check comes after all files are read
 
 
 def test_refused_study_leaves_no_new_seeds(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Find local jobs; kill them in the middle of a training, or before its result is committed.
+"""Find local jobs; kill them in the middle of a training, or before its result is committed; count checkpoints.
 
 The trainings save a checkpoint after each step: those of tests end before the first is due.
 """
@@ -22,6 +22,7 @@ from montessori_core.program import Compute, Report
 SFT = replace(programs.SFT, entry="support.killed_jobs:open_sft")
 BF16_SFT = replace(programs.SFT, entry="support.killed_jobs:open_bf16_sft")
 DYING_SFT = replace(programs.SFT, entry="support.killed_jobs:open_dying_sft")
+COUNTED_SFT = replace(programs.SFT, entry="support.killed_jobs:open_counted_sft")
 DPO = replace(programs.DPO, entry="support.killed_jobs:open_dpo")
 
 
@@ -69,6 +70,23 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
 
     save_after_each_step()
     return sft.open_sft(settings, inputs)
+
+
+def open_counted_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
+    """Train a student; `bytes.txt` in the stage's folder gets the bytes of all checkpoints whenever one is written."""
+    from montessori_core.training.checkpoints import CheckpointCallback
+
+    complete = CheckpointCallback.on_save
+
+    def on_save(callback: CheckpointCallback, args: Any, *others: Any, **named: Any) -> None:
+        folder = Path(args.output_dir)
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt")]
+        with (folder.parents[1] / "bytes.txt").open("a") as log:
+            print(sum(sizes), file=log)
+        complete(callback, args, *others, **named)
+
+    CheckpointCallback.on_save = on_save  # type: ignore[method-assign]
+    return open_sft(settings, inputs)
 
 
 def open_bf16_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:

@@ -61,7 +61,7 @@ def configuration(folder: Path, model: Path) -> Path:
         "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
         "preferences": {"baseline": "median"},
         "teacher_update": {"learning_rate": 1e-4, "epochs": 2},
-        "training": {"examples": 6, "batch_size": 2, "learning_rate": 1e-3},
+        "training": {"examples": 6, "batch_size": 2, "learning_rate": 1e-3, "beta1": 0.8, "beta2": 0.99},
         "comparison": {"influence_examples": 4},
         "zero": {"stage": 0},
         "cluster": {"poll_seconds": 0.1},

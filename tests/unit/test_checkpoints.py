@@ -13,7 +13,7 @@ from montessori_core.training import checkpoints
 from montessori_core.training.checkpoints import (
     CheckpointCallback,
     last_complete_checkpoint,
-    remove_incomplete_checkpoints,
+    remove_other_checkpoints,
 )
 
 
@@ -57,8 +57,11 @@ def test_checkpoint_is_saved_after_interval(training: Training, monkeypatch: pyt
     assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
     (training.folder / "checkpoint-3").mkdir()  # incomplete
     assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
-    remove_incomplete_checkpoints(training.folder)
+    remove_other_checkpoints(training.folder)
     assert [path.name for path in training.folder.iterdir()] == ["checkpoint-2"]
+    training.callback._longest_save = 0.0
+    assert training.step()
+    assert [path.name for path in training.folder.iterdir()] == ["checkpoint-3"]
     training.callback._longest_save = 600.0  # a large model; saving may take a twentieth of the time
     assert not training.step()
 

@@ -430,9 +430,10 @@ def test_example_weight_defaults_to_training_batch() -> None:
 
 def test_influence_settings_are_complete() -> None:
     experiment = parse_experiment(MINIMAL | {"influence": {"example_weight": 0.125}}, "mine.yaml")
-    settings = influence_settings(experiment, "exact")
+    settings = influence_settings(experiment, "exact", {"beta2": 0.95})
     assert settings.step.example_weight == 0.125
     assert settings.step.learning_rate == experiment.warmup.learning_rate
+    assert (settings.step.beta1, settings.step.beta2) == (experiment.warmup.beta1, 0.95)
     decisive = settings.model_dump().keys() | settings.step.model_dump().keys()
     sizes = {"probing_examples", "later_probing_examples", "examples_per_shard"}
     assert Influence.model_fields.keys() - decisive == {"screening", *sizes}

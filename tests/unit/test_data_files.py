@@ -1,16 +1,18 @@
 """Files of every kind and compression, shards, saved data sets and fsspec paths; damaged files and bombs."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
 import lzma
 import os
+import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import fsspec
 import pyarrow as pa
@@ -199,27 +201,91 @@ def test_card_does_not_leave_its_folder(name: str, tmp_path: Path, monkeypatch: 
     assert read(tmp_path / "set") == read(tmp_path / "link") == TASKS
 
 
-@pytest.mark.guarantee("decompression bombs")
-def test_bomb_in_folder_with_card_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tar_bytes(content: bytes, compression: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=f"w:{compression}") as archive:
+        member = tarfile.TarInfo("rows.jsonl")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def zip_bytes(content: bytes, before: bytes = b"") -> bytes:
+    stream = io.BytesIO(before)
+    with ZipFile(stream, "a", ZIP_DEFLATED) as archive:
+        archive.writestr("rows.jsonl", content)
+    return stream.getvalue()
+
+
+def parquet_bomb(text: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"instruction": ["Go."], "output": [text]})
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
+    return bytes(sink.getvalue())
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for a data set with a card."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(files, "FREE", 2**20)
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl.gz").write_bytes(compressed(json.dumps(ROWS[0]).encode() + b" " * 2**22, ".gz"))
-    with pytest.raises(DataError, match=r"train.jsonl.gz.* bytes grow to more than"):
-        read(tmp_path / "set")
+    return tmp_path / "set"
+
+
+BOMB = json.dumps(ROWS[0]).encode() + b" " * 2**22
 
 
 @pytest.mark.guarantee("decompression bombs")
-@pytest.mark.parametrize("name", ["rows.zip", "zip://rows.jsonl::FOLDER/rows.zip"])
-def test_archive_that_a_card_names_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    (tmp_path / "set").mkdir()
-    with ZipFile(tmp_path / "set" / "rows.zip", "w") as archive:
-        archive.writestr("rows.jsonl", "\n".join(map(json.dumps, ROWS)))
-    (tmp_path / "set" / "rows.jsonl").write_text(json.dumps(ROWS[0]))
-    (tmp_path / "set" / "README.md").write_text(CARD.format(name.replace("FOLDER", str(tmp_path / "set"))))
-    with pytest.raises(DataError, match=r"its card names the archive .*rows.zip.*unpack it"):
-        read(tmp_path / "set")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl.gz", gzip.compress(BOMB), "bytes grow to more than"),
+        ("train.txt.gz", gzip.compress(BOMB), "bytes grow to more than"),
+        ("train.txt.XZ", lzma.compress(BOMB), "bytes grow to more than"),
+        ("train.jsonl", gzip.compress(BOMB), "its name does not say"),
+        ("train.jsonl", lzma.compress(BOMB, lzma.FORMAT_ALONE), "its name does not say"),
+        ("train.jsonl.xz", lzma.compress(BOMB, lzma.FORMAT_ALONE), "bytes grow to more than"),
+        ("train.jsonl.gz-1", gzip.compress(BOMB), "its name does not say"),
+        ("train.jsonl.bz2", bz2.compress(BOMB), "an archive"),
+        ("train.csv.gz.gz", gzip.compress(gzip.compress(BOMB)), "an archive"),
+        ("train.csv.gz", gzip.compress(gzip.compress(BOMB)), "its name does not say"),
+        ("train.jsonl", tar_bytes(BOMB, ""), "an archive"),
+        ("train.jsonl.gz", tar_bytes(json.dumps(ROWS[0]).encode(), "gz"), "an archive"),
+        ("train.tar.gz", tar_bytes(BOMB, "gz"), "an archive"),
+        ("train.tgz.tar", tar_bytes(BOMB, "gz"), "an archive"),
+        ("train.jsonl", zip_bytes(BOMB), "an archive"),
+        ("train.jsonl", zip_bytes(BOMB, before=json.dumps(ROWS[0]).encode() + b"\n"), "an archive"),
+        ("train.zip", zip_bytes(BOMB), "an archive"),
+        ("train.parquet", parquet_bomb(" " * 2**22), "bytes of column 'output' grow to"),
+    ],
+)
+def test_bomb_in_folder_with_card_is_refused(
+    name: str, content: bytes, message: str, data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_LARGE", 2**20)
+    (data_set / "other.jsonl").write_text(json.dumps(ROWS[0]))
+    (data_set / name).write_bytes(content)
+    (data_set / "README.md").write_text(CARD.format(name))
+    with pytest.raises(DataError, match=rf"{name}.*{message}"):
+        read(data_set)
+
+
+@pytest.mark.guarantee("decompression bombs")
+def test_file_in_archive_that_a_card_names_is_refused(data_set: Path) -> None:
+    (data_set / "rows.zip").write_bytes(zip_bytes("\n".join(map(json.dumps, ROWS)).encode()))
+    (data_set / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    (data_set / "README.md").write_text(CARD.format(f"zip://rows.jsonl::{data_set}/rows.zip"))
+    with pytest.raises(DataError, match=r"rows.zip: an archive.*unpack it"):
+        read(data_set)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
+def test_files_in_folder_with_card_are_read(kind: str, compression: str, data_set: Path) -> None:
+    (data_set / f"rows{kind}{compression}").write_bytes(compressed(encoded(ROWS, kind), compression))
+    (data_set / "README.md").write_text(CARD.format(f"rows{kind}{compression}"))
+    assert read(data_set) == TASKS
 
 
 @pytest.mark.guarantee("decompression bombs")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.backends.held import HeldBackend
 from cluster.fanout import fan_out
 from cluster.lock import only_driver
 from cluster.stage import Stage
@@ -110,6 +111,20 @@ def test_held_jobs_longer_than_the_partition_allows_are_an_error(folder: Path) -
     """Slurm accepts them, and never starts them."""
     with pytest.raises(UserError, match=r"partition's time limit.*hold\.minutes \(240\)"):
         drive(folder, 0.0, slurm=Slurm(partition="brief"))
+    wait_until(lambda: queued() == [], 60)
+
+
+def test_held_jobs_that_are_too_long_are_replaced_by_the_next_driver(folder: Path) -> None:
+    """Those of a killed driver have the same name, but were submitted with other settings."""
+    resources = Resources(parallel_jobs=2, cpus_per_process=2, gpus_per_node=1, time_limit_minutes=1)
+    held, lasting = (Slurm(partition="brief", hold=HeldJobs(minutes=minutes)) for minutes in (1, 240))
+    assert lasting.hold is not None
+    assert HeldBackend(lasting, lasting.hold, resources, None, folder).group([0, 1], 2, frozenset()) == []
+    wait_until(lambda: queued("--format=%r") == ["PartitionTimeLimit"] * 2, 60)
+    with only_driver(folder):
+        stage = stages(folder, 0.0)[0]
+        fan_out(stage, as_shards(*local.SHARDS), resources, Cluster(profile="slurm", poll_seconds=0.3, slurm=held))
+    assert local.results([stage.part(index) for index in range(len(local.SHARDS))]) == local.EXPECTED
     wait_until(lambda: queued() == [], 60)
 
 

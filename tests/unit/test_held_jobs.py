@@ -1,0 +1,58 @@
+"""Which jobs the driver holds, by the answers of squeue and sbatch."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.backends.held import HeldBackend
+from montessori_core.config import HeldJobs, Resources, Slurm
+from support.slurm_lab import put_command
+
+NONE: frozenset[str] = frozenset()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where sbatch accepts jobs unless both nodes are excluded; squeue shows the file `jobs`."""
+    put_command(tmp_path / "bin" / "squeue", f'case "$*" in *--nodelist*) ;; *) cat {tmp_path}/jobs;; esac')
+    refusal = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    refusing = f'case "$*" in *--exclude=node1,node2*) echo "{refusal}" >&2; exit 1;; esac'
+    put_command(tmp_path / "bin" / "sbatch", f'echo "$*" >>{tmp_path}/sbatch; {refusing}; echo "Submitted batch job 9"')
+    put_command(tmp_path / "bin" / "scancel", f'echo "$*" >>{tmp_path}/scancel')
+    for name in ("jobs", "sbatch", "scancel"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    return tmp_path
+
+
+def backend(folder: Path, parallel_jobs: int = 2) -> HeldBackend:
+    resources = Resources(parallel_jobs=parallel_jobs, time_limit_minutes=1)
+    return HeldBackend(Slurm(partition="brief"), HeldJobs(minutes=1), resources, None, folder)
+
+
+def test_refused_copy_of_a_slow_shard_brings_no_node_back(folder: Path) -> None:
+    """The stage has excluded node1; a shard is slow on node2. No other node is left for a copy."""
+    held, node1 = backend(folder), frozenset({"node1"})
+    for _ in range(2):
+        assert held.group([0], 1, node1, "node2") == []
+    assert len((folder / "sbatch").read_text().splitlines()) == 1  # it is not asked in vain again
+    assert held.group([1, 2], 2, node1) == []
+    assert "--exclude=node1 " in (folder / "sbatch").read_text().splitlines()[-1]  # at once, and still without node1
+
+
+def test_excluded_nodes_are_needed_if_no_other_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.backends.held._REFUSAL_PAUSE", 0.0)
+    held = backend(folder)
+    for _ in range(2):
+        assert held.group([0], 1, frozenset({"node1", "node2"})) == []
+    assert "--exclude" not in (folder / "sbatch").read_text().splitlines()[-1]
+
+
+def test_jobs_of_an_earlier_driver_that_are_too_long_are_replaced(folder: Path) -> None:
+    """It was killed, and had a longer cluster.slurm.hold.minutes."""
+    held = backend(folder)
+    (folder / "jobs").write_text(f"7|7_0|PENDING|PartitionTimeLimit|4:01:00|{held._name}\n")
+    assert held.group([0], 1, NONE) == []
+    assert (folder / "scancel").read_text() == "--quiet 7_0\n"
+    assert "--time=2 " in (folder / "sbatch").read_text()
