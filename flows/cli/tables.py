@@ -183,14 +183,15 @@ def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
     """Print the memory that measuring influence needs, by item and place."""
     table = Table("item", "GB", "place", title=title, title_justify="left")
     for need in plan.needs:
-        table.add_row(need.name, f"{need.size / GB:.2f}", "device" if need.home == "device" else "host, pinned")
+        pinned = ", pinned" if need.home == "host" and need.name in plan.placement else ""
+        table.add_row(need.name, f"{need.size / GB:.2f}", need.home + pinned)
     table.add_section()
     table.add_row("on the device", f"{plan.device / GB:.2f}", f"of {memory_gb:g} GB")
     table.add_row("in host memory", f"{plan.host / GB:.2f}", "per worker")
     console.print(table)
     if not plan.fits:
         console.print(
-            f"does not fit: weights, activations and logits alone need {plan.device / GB:.1f} GB. Lower "
+            f"does not fit: what must be on the device needs {plan.device / GB:.1f} GB. Lower "
             "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or use --dtype bfloat16",
             style="red",
         )

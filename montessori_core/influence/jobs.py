@@ -12,6 +12,7 @@ from montessori_core.data.rows import ExampleRow, TaskRow
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
+from montessori_core.influence.host_memory import host_memory_limit
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import plan_memory
@@ -169,12 +170,17 @@ def resident_student(
 
 
 def _placement(model: Any, settings: StepSettings, estimator: Estimator, batch_tokens: int) -> Placement:
-    """Return where moments, snapshot and reference gradient go, given the device's memory."""
+    """Return where moments, snapshot and reference gradient go, given the device's memory.
+
+    Raises:
+        UserError: the device or the host has too little memory.
+    """
     if model.device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(model.device)
     plan = plan_memory(Shape.of(model), estimator, settings.dtype, settings.max_length, batch_tokens, memory)
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
+    plan.check(host_memory_limit())
     return plan.placement
 
 

@@ -72,7 +72,7 @@ class LinearMeter:
         def measure() -> ReferenceState:
             return ReferenceState.measure(open_student(), reference, "linear", reduction)
 
-        state = shared_state(shared, lambda gradient, _: gradient, measure) if shared else measure()
+        state = shared_state(shared, lambda gradient, *_: gradient, measure) if shared else measure()
         self.student_loss, self.noise_floor = state.student_loss, state.noise_floor
         self.null_step_influence, _ = influence_of(state.student_loss, state.null_step_loss, reduction)
         assert state.gradient is not None

@@ -19,7 +19,8 @@ from montessori_core.influence.token_rows import TokenRows
 from montessori_core.locks import take_lock
 
 Estimator = Literal["exact", "first_order", "linear"]
-Place = Callable[[torch.Tensor, str], torch.Tensor]
+Place = Callable[[torch.Tensor, str, str], torch.Tensor]
+"""Moves a gradient of a kind and a parameter to its home, see `ResidentStudent.place`."""
 _FILE = "reference.safetensors"
 
 
@@ -109,9 +110,8 @@ class ReferenceState:
         if "null_projections" in tensors:
             full, half = (
                 {
-                    name.removeprefix(f"{kind}."): place(tensors.pop(name), home)
-                    for name in list(tensors)
-                    if name.startswith(f"{kind}.")
+                    name: place(tensors.pop(f"{kind}.{name}"), home, name)
+                    for name in [key.removeprefix(f"{kind}.") for key in tensors if key.startswith(f"{kind}.")]
                 }
                 for kind, home in (("full", "reference gradient"), ("half", "half gradient"))
             )

@@ -16,6 +16,7 @@ from montessori_core.errors import DataError
 from montessori_core.formatting import first_names
 from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
 from montessori_core.influence.gradients import FactoredGradient, GradientCapture, pass_gradients_to
+from montessori_core.influence.host_memory import pinned_tensors
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.influence.projections import Direction, Projection, RandomDirections, as_matrix
 from montessori_core.influence.token_rows import TokenRows
@@ -90,11 +91,12 @@ class ResidentStudent:
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         _check_moments(moments, self.parameters)
+        self._unused: dict[str, dict[str, torch.Tensor]] = {}  # pinned memory, by kind and parameter
         self._first, self._second = (
-            {name: self.place(tensors[name].to(p.dtype), kind) for name, p in self.parameters.items()}
+            {name: self.place(tensors[name].to(p.dtype), kind, name) for name, p in self.parameters.items()}
             for tensors, kind in ((moments.first, "first moment"), (moments.second, "second moment"))
         )
-        self._snapshot = {name: self.place(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
+        self._snapshot = {n: self.place(p.detach().clone(), "snapshot", n) for n, p in self.parameters.items()}
         self._coordinates = sum(p.numel() for p in self.parameters.values())
 
     @torch.no_grad()
@@ -195,7 +197,7 @@ class ResidentStudent:
 
     def zeros(self) -> dict[str, torch.Tensor]:
         """Return zeros in the shape of the trained parameters, to add gradients to."""
-        return {name: self.place(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()}
+        return {n: self.place(torch.zeros_like(p), "reference gradient", n) for n, p in self.parameters.items()}
 
     def add_gradients(
         self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor], square_weight: float = 0.0
@@ -223,7 +225,7 @@ class ResidentStudent:
     def copy_in_bf16(self, gradients: Direction) -> dict[str, torch.Tensor]:
         """Return a copy of gradients in bf16, which is precise enough for a standard error."""
         return {
-            name: self.place(gradient.to(torch.bfloat16, copy=True), "half gradient")
+            name: self.place(gradient.to(torch.bfloat16, copy=True), "half gradient", name)
             for name, gradient in gradients.items()
         }
 
@@ -257,14 +259,17 @@ class ResidentStudent:
             on_device = (tensor.to(self.device, torch.float32) for tensor in (gradient, self._second[name]))
             gradient.copy_(self._adamw.linear_direction(*on_device))
 
-    def place(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
-        """Return the tensor in the home of its kind, see `Placement`."""
+    def place(self, tensor: torch.Tensor, kind: str, name: str) -> torch.Tensor:
+        """Return the tensor of the parameter `name` in the home of its kind, see `Placement`."""
         tensor = tensor.contiguous()
         if self._placement[kind] == "device":
             return tensor.to(self.device)
         if self.device.type == "cpu":
             return tensor.cpu()
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+        if not self._unused.get(kind):
+            dtypes = {n: torch.bfloat16 if kind == "half gradient" else p.dtype for n, p in self.parameters.items()}
+            self._unused[kind] = pinned_tensors({n: (p.shape, dtypes[n]) for n, p in self.parameters.items()})
+        return self._unused[kind].pop(name).copy_(tensor)
 
     def drop_snapshot(self) -> None:
         """Free the snapshot. The student can take no further step."""

@@ -21,7 +21,17 @@ def check_gpus(wanted: int) -> None:
 
 
 def compute_device() -> torch.device:
-    """Return the GPU of this process, or the CPU. On a GPU, enable deterministic kernels."""
+    """Return the GPU of this process, or the CPU; multiply fp32 numbers in fp32, and choose deterministic kernels.
+
+    TF32 keeps 10 bits of a number. cuDNN uses it by default, and cuBLAS if an image sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, as
+    NVIDIA's do.
+
+    Kernels without a deterministic alternative only cause a warning. So does the backward pass of fused attention, which is
+    deterministic in torch's strict mode alone; that mode would refuse models with any other such kernel.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     if not torch.cuda.is_available():
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -15,6 +15,8 @@ class Shape:
         trained: number of trained parameters (all, or those of a LoRA adapter).
         largest: elements of the largest trained tensor.
         layers, hidden, intermediate, vocabulary: dimensions of the architecture.
+        looked_up: elements of embeddings that are not the vocabulary projection, too.
+        token_rows: trained elements of embeddings and vocabulary projection.
     """
 
     parameters: int
@@ -24,6 +26,8 @@ class Shape:
     hidden: int
     intermediate: int
     vocabulary: int
+    looked_up: int
+    token_rows: int
 
     @property
     def kept_per_layer(self) -> int:
@@ -36,6 +40,8 @@ class Shape:
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
         config = causal_lm.config.get_text_config()
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        embeddings, projection = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
+        tables = [projection] if embeddings is projection else [projection, embeddings]
         return Shape(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(trained),
@@ -44,4 +50,6 @@ class Shape:
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             vocabulary=config.vocab_size,
+            looked_up=sum(table.numel() for table in tables[1:]),
+            token_rows=sum(table.numel() for table in tables if table.requires_grad),
         )

@@ -8,10 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from montessori_core.errors import UserError
+from montessori_core.influence import AdamW, ResidentStudent
+from montessori_core.influence.losses import make_batch
 from montessori_core.influence.memory import plan_memory
+from montessori_core.influence.projections import AlongDirections
+from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.shape import GB, Shape
 from montessori_core.training.memory import plan_update
+from montessori_core.training.moments import cold_moments
 from support import ROOT
 from support.runs import invoke
 
@@ -23,6 +31,8 @@ LLAMA_3_8B = Shape(
     hidden=4096,
     intermediate=14_336,
     vocabulary=128_256,
+    looked_up=128_256 * 4096,
+    token_rows=2 * 128_256 * 4096,
 )
 
 # A separate process: the kernel counts its peak of resident pages. The memory of the libraries is measured first.
@@ -110,7 +120,55 @@ def test_linear_plan_of_8b_student_has_directions_on_gpu() -> None:
 
 
 def test_8b_student_exceeds_40_gb_gpu() -> None:
-    assert not plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(40 * GB)).fits
+    plan = plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(40 * GB))
+    assert not plan.fits
+    with pytest.raises(UserError, match=r"46\.\d GB of device memory and may use 36\.8 GB .*weights 32\.1.*max_length"):
+        plan.check(host_limit=10**12)
+
+
+def test_plan_of_mixed_8b_student_counts_bf16_copies() -> None:
+    """Without them a moment would be on the device, and the backward pass would run out of memory."""
+    plan = plan_memory(LLAMA_3_8B, "exact", "mixed", 1024, 2048, int(80 * GB))
+    sizes = {need.name: need.size / GB for need in plan.needs}
+    assert sizes["bf16 copies, beyond these"] == pytest.approx(15.0, abs=0.05)
+    assert plan.fits
+    assert set(plan.placement.values()) == {"host", "device"}
+    assert plan.placement["first moment"] == plan.placement["second moment"] == "host"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_example_pass_in_mixed_precision_keeps_planned_copies(tied: bool) -> None:
+    config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, tie_word_embeddings=tied, **config))
+    matrices = {shape for p in model.parameters() if p.dim() == 2 for shape in (tuple(p.shape), tuple(p.t().shape))}
+    adamw = AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
+    student = ResidentStudent(model, cold_moments(model), adamw, torch.device("cpu"), mixed=True)
+    ids = list(range(3, 23))
+    batch = make_batch([(0, Encoded(ids, [IGNORED] * 5 + ids[5:], False))], student.device)
+    plan = plan_memory(Shape.of(model), "exact", "mixed", 32, 32, 10**9)
+    (planned,) = (need.size for need in plan.needs if need.name == "bf16 copies, beyond these")
+    norms = 2 * sum(p.numel() for p in model.parameters() if p.dim() == 1)  # not cast
+    directions = AlongDirections([{name: torch.ones_like(p) for name, p in student.parameters.items()}])
+    for take in (student.take_step, lambda batch: student.project_steps([batch], directions)):
+        copies: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, copies: dict[int, int] = copies) -> torch.Tensor:
+            if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in matrices:
+                copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            take(batch)
+        assert sum(copies.values()) == planned - norms
+
+
+def test_linear_plan_counts_rows_of_tokens_in_host_memory() -> None:
+    """Both tables, four tensors in fp32 each: 16.8 GB; and the gradients, which the first worker writes from the host."""
+    plan = plan_memory(LLAMA_3_8B, "linear", "bfloat16", 1024, 2048, int(80 * GB))
+    assert plan.host >= 16.8 * GB + 4 * 8.03 * GB
+    plan.check(host_limit=plan.host)
+    with pytest.raises(UserError, match=r"host memory .*rows of tokens, in fp32 16\.8.*memory_gb"):
+        plan.check(host_limit=int(16 * GB))
 
 
 def test_plan_command_prints_placement_and_remedy(smollm2: Path) -> None:
