@@ -20,6 +20,7 @@ from cluster.backends.base import SchedulerUnavailable, Task
 from cluster.backends.command import run_command
 from cluster.backends.sbatch import call_sbatch
 from cluster.backends.slurm import SlurmBackend, seconds_of
+from cluster.retry import classify_loss
 from montessori_core import layout
 from montessori_core.config import HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
@@ -112,6 +113,19 @@ class HeldBackend(AllocationBackend):
             self._held_of[job_id] = held
             ids.append(job_id)
         return ids
+
+    def reason(self, job_id: str) -> str:
+        """Describe why a step ended: because its held job did, or by Slurm's messages about the step."""
+        held = self._held_of.get(job_id)
+        if held is None:
+            return super().reason(job_id)
+        job = f"--jobs={self._elements[held]}"
+        # A preempted job runs until its grace time is over, but its steps end at once.
+        preempted = (run_command("squeue", "--noheader", job, "--Format=PreemptTime") or "").strip()
+        if preempted not in ("", "N/A"):
+            return f"Slurm says PREEMPTED at {preempted}"
+        state = self._sbatch.reason(self._elements[held])
+        return super().reason(job_id) if classify_loss(state) == "lost" else state
 
     def forget(self, job_id: str) -> None:
         """Give back the held job of a lost step: its node may be the cause."""

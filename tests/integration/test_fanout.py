@@ -672,6 +672,17 @@ def test_each_kind_of_loss_has_its_budget() -> None:
         "Slurm says PREEMPTED (None) on node1": ("preempted", 30),
         "Slurm says NODE_FAIL (None) on node1": ("node_failure", 6),
         "Slurm says TIMEOUT (TimeLimit) on node1": ("time_limit", 3),
+        "slurmstepd: error: *** STEP 2.0 ON a CANCELLED AT 2026-11-28T19:07:04 DUE TO PREEMPTION ***": (
+            "preempted",
+            30,
+        ),
+        "slurmstepd: error: *** STEP 2.0 ON a CANCELLED AT 2026-11-28T19:07:04 DUE TO TIME LIMIT ***": (
+            "time_limit",
+            3,
+        ),
+        "srun: error: Node failure on a": ("node_failure", 6),
+        "srun: error: a: task 0: Out Of Memory": ("out_of_memory", 1),
+        "srun: error: a: task 0: Terminated": ("lost", 3),
         "the process ended without a result (killed, or out of memory)": ("lost", 3),
     }
     for reason, (kind, retries) in said.items():

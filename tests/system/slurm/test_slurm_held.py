@@ -21,7 +21,7 @@ from montessori_core.errors import UserError
 from support import squares as local
 from support import wait_until
 from support.row_programs import as_shards
-from support.slurm_lab import command_of, put_command, queued
+from support.slurm_lab import call_lab, command_of, preempt, put_command, queued
 from support.slurm_stage import ONE_A_NODE
 
 PLACES_PROGRAM = local.PROGRAM.replace(
@@ -178,6 +178,20 @@ def test_lost_held_job_is_replaced(folder: Path) -> None:
     assert driver.wait(300) == 0
     assert results(folder) == [local.EXPECTED] * 2
     wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.guarantee("held job lost")
+@pytest.mark.parametrize("kind", ["preempted", pytest.param("node_failure", marks=pytest.mark.slow)])
+def test_steps_have_the_loss_class_of_their_held_job(folder: Path, kind: str) -> None:
+    driver = start(folder, 0.4)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    preempt() if kind == "preempted" else call_lab("kill-node", "1")
+    assert driver.wait(300) == 0
+    if kind == "node_failure":
+        call_lab("start-node", "1")
+    assert results(folder) == [local.EXPECTED] * 2
+    submissions = [s for name in ("first", "second") for s in local.submissions(folder, name)]
+    assert [lost for submission in submissions for lost in submission.lost.values()] == [kind] * 2
 
 
 @pytest.mark.slow
