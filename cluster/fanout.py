@@ -150,6 +150,7 @@ class _Driver:
         self._stopwatch = Stopwatch()
         self._late = LateResults(self._backend.reason)
         self._duplicated: set[int] = set()
+        self._unwatched: set[str] = set()  # jobs that ended while no driver was running
 
     def adopt(self) -> None:
         """Take over from an earlier driver: keep jobs that compute these shards, end all others."""
@@ -159,6 +160,10 @@ class _Driver:
                 close_submission(submission, self._cluster, self._ledger)
             else:
                 log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
+                if submission.host is not None:
+                    self._unwatched |= set(submission.ids) - (
+                        self._backend.alive(submission.name, submission.ids) or set()
+                    )
         for index in set(range(len(self._shards))) - self._done:
             if self._stage.is_done(index, self._keys[index], thorough=True):  # by a job that was running
                 self._done.add(index)
@@ -289,6 +294,8 @@ class _Driver:
             hit = set(range(len(self._shards))) - self._done if opening else {first}
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             return
+        if not kind and job_id in self._unwatched:
+            return  # their host may have crashed, which is neither the fault of a shard nor of a node
         if not kind:
             reason = self._backend.reason(job_id)
             kind = classify_loss(reason)

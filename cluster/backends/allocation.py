@@ -47,7 +47,7 @@ class AllocationBackend(LocalBackend):
         self._slurm, self._resources = slurm, resources
         self._python_command, self._container_options = python_command(slurm, python)
         self._allocation = os.environ.get("SLURM_JOB_ID")
-        self._job_ids, self._seen_running = set(), set()
+        self._job_ids = set()
         self._fit: int | None = None
         self._folders: dict[str, Path] = {}
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
@@ -137,7 +137,6 @@ class AllocationBackend(LocalBackend):
         submission.set_timeout(resources.time_limit_minutes, 0)
         submission.dump(JobPaths(folder, str(process.pid)).submitted_pickle)
         self._job_ids.add(job_id)
-        self._seen_running.add(job_id)
         self._folders[job_id] = folder
         self._steps[job_id] = process
         return job_id

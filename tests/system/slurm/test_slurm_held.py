@@ -248,7 +248,7 @@ def test_driver_on_another_host_ends_steps_and_uses_held_jobs(folder: Path) -> N
     driver.kill()
     driver.wait()
     kill_sruns()  # the crash leaves steps without srun
-    drive(folder, 0.7)
+    drive(folder, 0.7, infrastructure_retries=0)
     assert results(folder) == [local.EXPECTED] * 2
     assert {path.name for path in (folder / layout.HELD).glob("*.log")} == logs
 
