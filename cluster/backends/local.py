@@ -138,14 +138,11 @@ class LocalBackend:
 
     def cancel(self, ids: Sequence[str]) -> None:
         # Kill: submitit's workers ignore SIGTERM, and commits are atomic.
-        for job_id in ids:
-            process = process_of(job_id)
-            if process is None:
-                continue
-            tree = kill_tree(process)
-            deadline = time.monotonic() + _KILL_TIMEOUT
-            while any(map(_is_running, tree)) and time.monotonic() < deadline:
-                time.sleep(0.01)
+        processes = [process for job_id in ids if (process := process_of(job_id)) is not None]
+        killed = [member for process in processes for member in kill_tree(process)]
+        deadline = time.monotonic() + _KILL_TIMEOUT
+        while any(map(_is_running, killed)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes

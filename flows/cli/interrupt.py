@@ -9,11 +9,15 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from cluster.backends.base import JobsRemain
+from cluster.backends.held import end_held_jobs
+from cluster.lock import driven_folder
 from flows.cli.console import console
 from flows.prefect_api import asking_again, check_api, check_proxies, problem_of
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
+_REMAINING = "some jobs of this run may still be running; montessori cancel ends them"
 STOPPED = (
     "Slurm ends the driver's job; the jobs of this run continue. If Slurm does not start the driver again, resume with"
 )
@@ -49,10 +53,16 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
         console.print(f"\ninterrupted: {jobs}, finished work is kept. Resume with:\n  {command}", soft_wrap=True)
         _exit()
 
+    def stop_at_once() -> None:
+        folder = driven_folder()
+        with suppress(JobsRemain):
+            if folder is not None:
+                end_held_jobs(folder, patience=0.0)
+        stop(_REMAINING)
+
     def interrupt(number: int, frame: object) -> None:
-        message = "some jobs of this run may still be running"
-        signal.signal(signal.SIGINT, lambda number, frame: stop(message))
-        timer = threading.Timer(_EXIT_TIMEOUT, stop, [message])
+        signal.signal(signal.SIGINT, lambda number, frame: stop_at_once())
+        timer = threading.Timer(_EXIT_TIMEOUT, stop_at_once)
         timer.daemon = True
         timer.start()
         console.print("\ninterrupted: cancelling the jobs of this run (Ctrl-C again exits at once)")
@@ -68,7 +78,8 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
             console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
             _exit()
         if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
-            stop("the jobs were cancelled")
+            remaining = _cause(error, "JobsRemain")
+            stop("the jobs were cancelled" if remaining is None else f"{_REMAINING} ({remaining})")
         if (problem := problem_of(api)) is not None:
             raise UserError(
                 f"the run lost its Prefect server at {api}: {problem}; finished work is kept. Resume with:\n  {command}"

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from cluster.fanout import fan_out
 from cluster.lock import only_driver
 from cluster.stage import Stage
+from flows.cli.interrupt import interruptible  # noqa: F401 (for processes of these tests)
+from flows.experiment import end_jobs_in
 from montessori_core import layout
 from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
@@ -260,6 +263,31 @@ def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
     wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     os.killpg(driver.pid, signal.SIGINT)
     driver.wait(120)
+    wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.slow
+def test_held_jobs_end_with_a_cancelled_flow_run(folder: Path) -> None:
+    """Prefect kills a flow run that does not end in time, and calls the hook in another process."""
+    driver = start(folder, 2.0)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    driver.kill()
+    driver.wait()
+    assert len(queued()) == 2
+    end_jobs_in(folder, Cluster(profile="slurm"), SimpleNamespace(parameters={}))
+    wait_until(lambda: queued() == [], 30)
+
+
+@pytest.mark.slow
+def test_held_jobs_end_with_a_driver_that_exits_at_once(folder: Path) -> None:
+    """After a second Ctrl-C."""
+    call = f"t.interruptible(lambda: t.drive(Path({str(folder)!r}), 60.0), '')"
+    driver = subprocess.Popen(command_of("test_slurm_held", call), start_new_session=True)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 240)
+    for _ in range(2):
+        driver.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert driver.wait(120) == 130
     wait_until(lambda: queued() == [], 60)
 
 
