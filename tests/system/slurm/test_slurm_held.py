@@ -273,7 +273,7 @@ def test_held_jobs_end_with_a_cancelled_flow_run(folder: Path) -> None:
     wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     driver.kill()
     driver.wait()
-    assert len(queued()) == 2
+    assert len(queued("--format=%A")) == 2
     end_jobs_in(folder, Cluster(profile="slurm"), SimpleNamespace(parameters={}))
     wait_until(lambda: queued() == [], 30)
 
