@@ -11,9 +11,10 @@ import psutil
 
 from cluster.backends.base import JobsRemain
 from cluster.backends.held import end_held_jobs
+from cluster.backends.sbatch import DRIVER_JOB
 from cluster.lock import driven_folder
 from flows.cli.console import console
-from flows.prefect_api import asking_again, check_api, check_proxies, problem_of
+from flows.prefect_api import asking_again, check_proxies, problem_of, wait_for_api
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
@@ -21,6 +22,7 @@ _REMAINING = "some jobs of this run may still be running; montessori cancel ends
 STOPPED = (
     "Slurm ends the driver's job; the jobs of this run continue. If Slurm does not start the driver again, resume with"
 )
+_OUTAGE = 600.0  # seconds for which a driver's job waits for Prefect's server
 _SERVER_TIMEOUT = 600  # seconds; a first start migrates a database, slowly on a busy machine
 
 
@@ -104,7 +106,8 @@ def _open_api() -> str:
     check_proxies()
     api: str | None = PREFECT_API_URL.value()
     if api is not None:
-        check_api(api)
+        # Nobody would start a driver's job again that ends because the server restarts.
+        wait_for_api(api, _OUTAGE if DRIVER_JOB in os.environ else 0.0)
         return api
     if not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         raise UserError(
