@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.backends.base import JobsRemain
 from cluster.fanout import ShardsFailed
-from cluster.status import cancel_jobs
-from montessori_core.config import Cluster, Slurm
+from montessori_core.config import Slurm
 from support import squares as local
 from support import wait_until
 from support.slurm_lab import call_lab, preempt, put_command, queued
@@ -22,8 +20,6 @@ from support.squares import submissions
 pytestmark = pytest.mark.guarantee("no sacct")
 
 SHARDS, EXPECTED = local.SHARDS, local.EXPECTED
-
-CLUSTER = Cluster(profile="slurm")
 
 folder = local.folder
 
@@ -130,28 +126,6 @@ def test_interrupted_driver_cancels_slurm_jobs(folder: Path) -> None:
     assert queued() == []
     assert all(submission.closed for submission in submissions(folder))
     assert local.results(run(folder)) == EXPECTED
-
-
-@pytest.mark.guarantee("scancel fails")
-def test_jobs_that_were_not_cancelled_are_cancelled_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = start_driver(folder, seconds=60, parallel_jobs=2)
-    wait_until(lambda: len(local.computed(folder)) >= 2)
-    driver.kill()
-    driver.wait()
-    failures = folder / "failures"
-    scancel = f"[ ! -e {failures} ] || {{ sed -i 1d {failures}; [ -s {failures} ] || rm {failures}; exit 1; }}"
-    put_command(folder / "bin" / "scancel", f'{scancel}; exec {shutil.which("scancel")} "$@"')
-    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
-    failures.write_text("\n" * 1000)
-    with monkeypatch.context() as impatient:
-        impatient.setattr("cluster.backends.slurm._CANCEL_TIMEOUT", 1.0)
-        with pytest.raises(JobsRemain, match=r"may still run.*\nSlurm has not ended jobs"):
-            cancel_jobs(folder, CLUSTER)
-    assert queued("--states=RUNNING")
-    failures.write_text("\n" * 3)
-    assert cancel_jobs(folder, CLUSTER) == 1
-    assert queued() == []
-    assert cancel_jobs(folder, CLUSTER) == 0
 
 
 @pytest.mark.guarantee("driver killed before it records a job id")
