@@ -141,6 +141,18 @@ class AllocationBackend(LocalBackend):
         self._steps[job_id] = process
         return job_id
 
+    def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        for job_id in set(ids) - self._folders.keys():
+            with suppress(psutil.Error):  # it has just ended
+                if (process := process_of(job_id)) is not None:
+                    self.note_command(job_id, process.cmdline())
+        return super().alive(name, ids)
+
+    def note_command(self, job_id: str, command: list[str]) -> None:
+        """Note what the srun command of a step tells, which an earlier driver has started."""
+        if "cluster.step" in command:
+            self._folders[job_id] = Path(command[command.index("cluster.step") + 1])
+
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         running = super().running(name, ids)
         for job_id in self._steps.keys() & set(ids) - running:

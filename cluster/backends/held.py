@@ -114,6 +114,13 @@ class HeldBackend(AllocationBackend):
             ids.append(job_id)
         return ids
 
+    def note_command(self, job_id: str, command: list[str]) -> None:
+        super().note_command(job_id, command)
+        held = [word.removeprefix("--jobid=") for word in command if word.startswith("--jobid=")]
+        self._elements |= {job.id: job.element for job in _queued("--me", f"--name={self._name}") or []}
+        if held and held[0] in self._elements:
+            self._held_of[job_id] = held[0]
+
     def reason(self, job_id: str) -> str:
         """Describe why a step ended: because its held job did, or by Slurm's messages about the step."""
         held = self._held_of.get(job_id)

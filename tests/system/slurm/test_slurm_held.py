@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster.fanout import fan_out
-from cluster.lock import only_driver
+from cluster.lock import driver_of, only_driver
 from cluster.stage import Stage
 from flows.cli.interrupt import interruptible  # noqa: F401 (for processes of these tests)
 from flows.experiment import end_jobs_in
@@ -195,6 +195,23 @@ def test_steps_have_the_loss_class_of_their_held_job(folder: Path, kind: str) ->
     assert results(folder) == [local.EXPECTED] * 2
     submissions = [s for name in ("first", "second") for s in local.submissions(folder, name)]
     assert [lost for submission in submissions for lost in submission.lost.values()] == [kind] * 2
+
+
+@pytest.mark.slow
+def test_steps_of_an_earlier_driver_have_the_loss_class_of_their_held_job(folder: Path) -> None:
+    first = start(folder, 2.0)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    first.kill()
+    first.wait()
+    driver = start(folder, 2.0)
+    wait_until(lambda: (holder := driver_of(folder)) is not None and holder.process == driver.pid, 60)
+    time.sleep(1)
+    preempt()
+    assert driver.wait(300) == 0
+    assert results(folder) == [local.EXPECTED] * 2
+    earlier = local.submissions(folder, "first")[0]
+    assert set(earlier.lost) == set(earlier.ids or [])
+    assert set(earlier.lost.values()) == {"preempted"}
 
 
 @pytest.mark.slow
