@@ -25,6 +25,8 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _WARNING_SECONDS = 90  # between Slurm's signal and the time limit; Slurm may send the signal up to a minute early
+_SCONTROL_TIMEOUT = 20.0  # seconds
+_REQUEUE_PAUSE = 2.0  # seconds
 _STOP = signal.SIGUSR2  # raises DriverStopped in the main thread
 # Signals are blocked before libraries start threads, which would otherwise receive them.
 _ENTRY = (
@@ -167,7 +169,13 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _requeue(job_id: str) -> None:
-    if run_command("scontrol", "requeue", job_id) is None:
-        log.warning("scontrol requeue %s failed: Slurm will not start the driver again; resume the run", job_id)
-    else:
-        log.info("time limit or preemption: Slurm job %s is requeued", job_id)
+    """Requeue the driver's job; while the controller is down, try again until Slurm ends the job."""
+    failed = False
+    while run_command("scontrol", "requeue", job_id, timeout=_SCONTROL_TIMEOUT) is None:
+        if not failed:
+            log.warning("scontrol requeue %s failed; trying again until the time limit", job_id)
+        failed = True
+        if signal.sigtimedwait([signal.SIGTERM], _REQUEUE_PAUSE) is not None:
+            log.warning("Slurm will not start job %s again; resume the run", job_id)
+            return
+    log.info("time limit or preemption: Slurm job %s is requeued", job_id)

@@ -16,7 +16,7 @@ from cluster.backends import open_backend
 from cluster.backends.base import SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
-from cluster.ledger import Ledger, Submission, close_submission, close_submissions
+from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import driven_folder
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
@@ -150,15 +150,19 @@ class _Driver:
         self._stopwatch = Stopwatch()
         self._late = LateResults(self._backend.reason)
         self._duplicated: set[int] = set()
+        self._unwatched: set[str] = set()  # jobs that ended while no driver was running
 
     def adopt(self) -> None:
         """Take over from an earlier driver: keep jobs that compute these shards, end all others."""
+        other = []  # ids never recorded (the driver died while submitting), other shards, or another host
         for submission in self._ledger.open_submissions():
             if submission.ids is None or submission.work != self._work or submission.host != self._backend.host:
-                # Ids never recorded (the driver died while submitting), other shards, or another host.
-                close_submission(submission, self._cluster, self._ledger)
-            else:
-                log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
+                other.append(submission)
+                continue
+            log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
+            if submission.host is not None:
+                self._unwatched |= set(submission.ids) - (self._backend.alive(submission.name, submission.ids) or set())
+        close_submissions(self._ledger, self._cluster, other)
         for index in set(range(len(self._shards))) - self._done:
             if self._stage.is_done(index, self._keys[index], thorough=True):  # by a job that was running
                 self._done.add(index)
@@ -289,6 +293,8 @@ class _Driver:
             hit = set(range(len(self._shards))) - self._done if opening else {first}
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             return
+        if not kind and job_id in self._unwatched:
+            return  # their host may have crashed, which is neither the fault of a shard nor of a node
         if not kind:
             reason = self._backend.reason(job_id)
             kind = classify_loss(reason)
@@ -337,9 +343,9 @@ class _Driver:
         tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running, self._avoid)
         if not tasks:
             return
-        for submission in self._ledger.open_submissions():
-            if submission.ids is None:  # the scheduler may have accepted the jobs without our learning of it
-                close_submission(submission, self._cluster, self._ledger)
+        # The scheduler may have accepted jobs without our learning of it.
+        unknown = [submission for submission in self._ledger.open_submissions() if submission.ids is None]
+        close_submissions(self._ledger, self._cluster, unknown)
         self._submit(tasks, self._avoid)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:

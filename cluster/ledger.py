@@ -1,6 +1,7 @@
 """The ledger: the jobs submitted for a stage, and which of them may still be running."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from pydantic import Field as Bound
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.backends import backend_at
+from cluster.backends.base import Backend
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 from montessori_core.files import is_copy, make_folder_of_pickles, read_json, write_json
@@ -91,24 +93,38 @@ class Ledger:
         return [submission for submission in self.submissions if not submission.closed]
 
 
-def close_submissions(ledger: Ledger, cluster: Cluster) -> int:
-    """End the jobs of all open submissions; return the number of submissions."""
-    submissions = ledger.open_submissions()
+def close_submissions(ledger: Ledger, cluster: Cluster, submissions: Sequence[Submission] | None = None) -> int:
+    """End the jobs of open submissions, by default of all, even if their ids were never recorded; return their number.
+
+    Jobs of one backend end together: each may take a while.
+
+    Raises:
+        JobsRemain: some jobs may still run; their submissions stay open.
+        SchedulerUnavailable: it cannot be asked for jobs without recorded ids.
+    """
+    submissions = ledger.open_submissions() if submissions is None else submissions
+    places: dict[tuple[str | None, bool], list[Submission]] = {}
     for submission in submissions:
-        close_submission(submission, cluster, ledger)
+        places.setdefault((submission.host, submission.steps), []).append(submission)
+    for (host, steps), group in places.items():
+        _end_jobs(group, backend_at(host, steps, cluster), ledger.folder)
+        for submission in group:
+            submission.closed = True
+        ledger.save()
     return len(submissions)
 
 
-def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-    """End the jobs of a submission, even if their ids were never recorded."""
-    backend = backend_at(submission.host, submission.steps, cluster)
+def _end_jobs(submissions: Sequence[Submission], backend: Backend | None, folder: Path) -> None:
+    """End the jobs of submissions of one backend; None if they are processes of another host."""
     if backend is None:
         # They do no harm: commits are atomic, the first result of a shard counts, and one with another key is dropped.
-        log.warning("jobs named %s may still run on host %s", submission.name, submission.host)
-    elif submission.ids is None:
-        backend.cancel(backend.find(submission.name, ledger.folder / submission.name))
-        submission.tasks = []  # keep the ledger small: a scheduler may reject submissions for days
-    else:
-        backend.cancel(submission.ids)
-    submission.closed = True
-    ledger.save()
+        for submission in submissions:
+            log.warning("jobs named %s may still run on host %s", submission.name, submission.host)
+        return
+    ids: list[str] = []
+    for submission in submissions:
+        ids += backend.find(submission.name, folder / submission.name) if submission.ids is None else submission.ids
+    backend.cancel(ids)
+    for submission in submissions:
+        if submission.ids is None:
+            submission.tasks = []  # keep the ledger small: a scheduler may reject submissions for days

@@ -19,7 +19,7 @@ from typing import IO
 
 import psutil
 
-from cluster.backends.base import SchedulerUnavailable
+from cluster.backends.base import JobsRemain, SchedulerUnavailable
 from cluster.backends.command import run_command
 from cluster.backends.held import end_held_jobs, end_orphaned_steps
 from cluster.backends.sbatch import DRIVER_JOB
@@ -118,7 +118,10 @@ def _driving(folder: Path) -> Iterator[None]:
     finally:
         _driven.remove(folder)
         if not stopped:
-            end_held_jobs(folder)
+            try:
+                end_held_jobs(folder)
+            except JobsRemain as error:
+                log.warning("%s", error)
 
 
 def driven_folder() -> Path | None:

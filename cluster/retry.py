@@ -10,14 +10,19 @@ REMEDIES = {
 
 
 def classify_loss(reason: str) -> str:
-    """Classify a loss that the job could not report itself, from the scheduler's reason."""
+    """Classify a loss that the job could not report itself, from a state of squeue or a message of srun or slurmstepd."""
     classes = {
-        "PREEMPTED": "preempted",
+        "PREEMPT": "preempted",
         "NODE_FAIL": "node_failure",
+        "NODE FAILURE": "node_failure",
+        "Node failure": "node_failure",
         "BOOT_FAIL": "node_failure",
         "launch": "node_failure",
         "OUT_OF_MEMORY": "out_of_memory",
+        "Out Of Memory": "out_of_memory",
+        "oom_kill": "out_of_memory",
         "TIMEOUT": "time_limit",
+        "TIME LIMIT": "time_limit",
         "DEADLINE": "time_limit",
     }
     return next((kind for word, kind in classes.items() if word in reason), "lost")

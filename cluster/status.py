@@ -2,10 +2,12 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.backends import backend_at
-from cluster.backends.base import SchedulerUnavailable, log_file
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, log_file
+from cluster.backends.held import end_held_jobs
 from cluster.ledger import Ledger, close_submissions
 from cluster.lock import driver_of
 from cluster.progress import rows_per_second
@@ -149,8 +151,21 @@ def invalidate_shard(folder: Path, shard: int) -> None:
 
 
 def cancel_jobs(folder: Path, cluster: Cluster) -> int:
-    """Cancel the jobs of a stage without a driver; return the number of submissions."""
-    return close_submissions(Ledger(folder / "jobs"), cluster)
+    """Cancel the jobs of all stages in a folder without a driver, and held jobs; return how many, submissions counted as one.
+
+    Raises:
+        JobsRemain: some jobs may still run; all others are cancelled.
+    """
+    jobs, problems = 0, []
+    ledgers = [Ledger(stage / "jobs") for stage in stages_of(folder)]
+    for end in (*(partial(close_submissions, ledger, cluster) for ledger in ledgers), partial(end_held_jobs, folder)):
+        try:
+            jobs += end()
+        except (JobsRemain, SchedulerUnavailable) as error:
+            problems.append(str(error))
+    if problems:
+        raise JobsRemain("\n".join(["some jobs may still run; cancel again when the cause is removed:", *problems]))
+    return jobs
 
 
 def _check_shard(folder: Path, shard: int) -> None:

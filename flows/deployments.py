@@ -7,6 +7,7 @@ import asyncio
 import fcntl
 import json
 import os
+import platform
 import signal
 import threading
 from contextlib import suppress
@@ -38,7 +39,8 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     file = file or find_deployments()
     deployments = read_deployments(file)
     warn_of_job_variables(deployments, console)
-    state = root.resolve() / ".montessori"
+    # Users of a group share a folder of runs, and serve it on their machines.
+    state = root.resolve() / f".montessori-{os.getuid()}-{platform.node()}"
     state.mkdir(parents=True, exist_ok=True)
     with (state / "up.json").open("a+") as lock:
         try:

@@ -14,7 +14,7 @@ from prefect import flow, get_run_logger, runtime
 from pydantic import Field
 
 from cluster.lock import driver_of, only_driver
-from cluster.status import cancel_jobs, stages_of
+from cluster.status import cancel_jobs
 from flows.driver_job import check_driver_job, drive_by_job, end_driver_job
 from flows.iteration import Iteration, iteration
 from montessori_core import layout
@@ -43,13 +43,12 @@ def end_jobs_of(name: str, flow_run: Any) -> None:
 
 
 def end_jobs_in(folder: Path, cluster: Cluster, flow_run: Any) -> None:
-    """End the jobs of the stages in a folder, and its driver if the cancelled flow run waits for a Slurm job."""
+    """End the jobs of the stages in a folder, held jobs, and its driver if the cancelled flow run waits for a Slurm job."""
     if flow_run.parameters.get("submit_driver"):
         end_driver_job(folder)
     if driver_of(folder) is not None:
         return  # another process is the driver: this flow run never took the lock
-    for stage in stages_of(folder):
-        cancel_jobs(stage, cluster)
+    cancel_jobs(folder, cluster)
 
 
 def run_root() -> Path:

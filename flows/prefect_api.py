@@ -1,8 +1,10 @@
 """The API of Prefect's server: is it there, and where is its address set."""
 
+import logging
 import os
 import re
 import ssl
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +18,11 @@ import httpx
 from montessori_core.environment import LOOPBACK
 from montessori_core.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
+_PAUSE = 5.0  # seconds between two questions to a server that does not answer
 ASK_AGAIN = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
 """Variables of a process that drives flows on a server whose database may restart: the server answers 500 meanwhile."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
@@ -111,6 +116,26 @@ def check_api(api: str) -> None:
     check_login(api)
 
 
+def wait_for_api(api: str, seconds: float) -> None:
+    """Check the server of Prefect's settings as `check_api` does; while it fails, again for some time.
+
+    Raises:
+        UserError: see `check_api`.
+    """
+    deadline, waits = time.monotonic() + seconds, False
+    while True:
+        try:
+            check_api(api)
+            return
+        except (UserError, httpx.HTTPError) as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not waits:
+                log.warning("%s. Trying again for %.0f minutes", error, seconds / 60)
+            waits = True
+        time.sleep(_PAUSE)
+
+
 def is_local(api: str | None) -> bool:
     """Whether an address is this machine's own, which other machines cannot reach."""
     return api is not None and urlsplit(api).hostname in LOOPBACK
@@ -144,7 +169,7 @@ def check_login(api: str) -> None:
     """Check that the server of Prefect's settings accepts this user.
 
     Raises:
-        UserError: it asks for another login.
+        UserError: it asks for another login, or cannot read its database.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
@@ -154,7 +179,8 @@ def check_login(api: str) -> None:
             client.read_work_pools(limit=1)
         except PrefectHTTPStatusError as error:
             if error.response.status_code not in (401, 403):
-                raise
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"the Prefect server at {api} is not ready: {reason}; see its log") from error
             raise UserError(
                 f"the Prefect server at {api} asks for a login; set PREFECT_API_AUTH_STRING=user:password (or "
                 "PREFECT_API_KEY for Prefect Cloud)"

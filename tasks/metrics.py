@@ -102,6 +102,7 @@ def write_metrics(
             read_table(unmodified / "training" / layout.INSTRUCTIONS, INSTRUCTIONS)
         )
     path = folder / layout.METRICS
+    (run.folder / layout.REPORT).unlink(missing_ok=True)  # it shows earlier iterations alone
     write_json(content, path)
     return path
 

@@ -118,8 +118,7 @@ def _end_abandoned(root: Path, cluster: Cluster) -> None:
             continue
         try:
             refuse_other_owner(folder / _RUN)
-            for stage in stages_of(folder):
-                cancel_jobs(stage, cluster)
+            cancel_jobs(folder, cluster)
         except (UserError, FileNotFoundError) as error:  # the latter: another preview removes it
             log.warning("%s is left: %s", folder, error)
             continue

@@ -143,8 +143,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all iterations have finished."""
-        return all((self.iteration(n) / layout.METRICS).exists() for n in range(1, self.experiment.iterations + 1))
+        """Whether all iterations have finished, and the report shows them."""
+        iterations = map(self.iteration, range(1, self.experiment.iterations + 1))
+        return (self.folder / layout.REPORT).exists() and all((path / layout.METRICS).exists() for path in iterations)
 
     def initial_teacher(self) -> Model:
         """Return the configured teacher."""

@@ -16,13 +16,14 @@ from pathlib import Path
 import psutil
 from submitit.core.utils import DelayedSubmission, JobPaths
 
-from cluster.backends.base import Task, split_evenly
+from cluster.backends.base import Task, log_file, split_evenly
 from cluster.backends.command import run_command
 from cluster.backends.local import LocalBackend, find_processes, process_of
 from cluster.backends.sbatch import environment_outside_job
 from cluster.backends.slurm import gpu_options, python_command
 from cluster.import_path import check_import_path
 from cluster.processes import start_time
+from cluster.retry import classify_loss
 from cluster.step import run_step
 from cluster.supervisor import kill_tree
 from montessori_core.config import Resources, Slurm
@@ -31,6 +32,7 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _STEP_END_TIMEOUT = 40.0  # seconds; longer than Slurm's usual KillWait
+_TAIL = 16384  # bytes of a log in which Slurm's messages about the end of a step are
 _PORTIONS = 2
 """A job takes at most one of this many portions of its even share of the shards: GPUs finish at about the same time."""
 
@@ -45,9 +47,9 @@ class AllocationBackend(LocalBackend):
         self._slurm, self._resources = slurm, resources
         self._python_command, self._container_options = python_command(slurm, python)
         self._allocation = os.environ.get("SLURM_JOB_ID")
-        self._job_ids, self._seen_running = set(), set()
+        self._job_ids = set()
         self._fit: int | None = None
-        self._messages: dict[str, Path] = {}
+        self._folders: dict[str, Path] = {}
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
 
     def check(self) -> None:
@@ -137,10 +139,21 @@ class AllocationBackend(LocalBackend):
         submission.set_timeout(resources.time_limit_minutes, 0)
         submission.dump(JobPaths(folder, str(process.pid)).submitted_pickle)
         self._job_ids.add(job_id)
-        self._seen_running.add(job_id)
-        self._messages[job_id] = folder / f"{process.pid}_srun.err"
+        self._folders[job_id] = folder
         self._steps[job_id] = process
         return job_id
+
+    def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        for job_id in set(ids) - self._folders.keys():
+            with suppress(psutil.Error):  # it has just ended
+                if (process := process_of(job_id)) is not None:
+                    self.note_command(job_id, process.cmdline())
+        return super().alive(name, ids)
+
+    def note_command(self, job_id: str, command: list[str]) -> None:
+        """Note what the srun command of a step tells, which an earlier driver has started."""
+        if "cluster.step" in command:
+            self._folders[job_id] = Path(command[command.index("cluster.step") + 1])
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         running = super().running(name, ids)
@@ -163,12 +176,23 @@ class AllocationBackend(LocalBackend):
             kill_tree(process)
 
     def reason(self, job_id: str) -> str:
+        messages = self._messages_of(job_id)
+        # The last message may be about a process that Slurm killed for the cause in an earlier one.
+        for message in messages:
+            if classify_loss(message) != "lost":
+                return message  # srun may exit with code 0 after the failure of a node
         step = self._steps.get(job_id)
         if step is not None and step.returncode == 0:
             return "COMPLETED"  # its results may be visible later, as those of a Slurm job
-        message = self._messages.get(job_id)
-        lines = message.read_text(errors="replace").strip().splitlines() if message and message.exists() else []
-        return lines[-1] if lines else super().reason(job_id)
+        return messages[-1] if messages else super().reason(job_id)
+
+    def _messages_of(self, job_id: str) -> list[str]:
+        """Return Slurm's messages about a step: slurmstepd's, in the log of the first process, then srun's."""
+        folder = self._folders.get(job_id)
+        if folder is None:
+            return []
+        files = (log_file(folder, job_id), folder / f"{job_id.partition(':')[0]}_srun.err")
+        return [line for file in files for line in _last_lines(file) if line.startswith(("slurmstepd", "srun:"))]
 
     def _jobs_that_fit(self) -> int | None:
         """Return how many jobs fit into the allocation by its cores and GPUs; None if its size is unknown."""
@@ -181,6 +205,14 @@ class AllocationBackend(LocalBackend):
         if needed.gpus_per_node:
             fit = min(fit, places_in(_gpus(answer, sizes), nodes, needed.nodes, needed.gpus_per_node))
         return fit
+
+
+def _last_lines(file: Path) -> list[str]:
+    """Return the lines in the last bytes of a log; none if it does not exist."""
+    with suppress(FileNotFoundError), file.open("rb") as log:
+        log.seek(max(0, file.stat().st_size - _TAIL))
+        return log.read().decode(errors="replace").splitlines()
+    return []
 
 
 def places_in(total: int, nodes: int, nodes_per_job: int, per_node: int) -> int:

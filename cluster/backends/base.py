@@ -14,6 +14,10 @@ class SchedulerUnavailable(UserError):
     """The scheduler did not answer, or accepts no jobs at present; it may still have accepted some of these."""
 
 
+class JobsRemain(UserError):
+    """Jobs were not ended, or may not have been: the scheduler did not answer, or they still run."""
+
+
 class Backend(Protocol):
     """Where jobs run. Job ids are strings that stay valid in later processes."""
 
@@ -72,7 +76,11 @@ class Backend(Protocol):
         ...
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End jobs, running or queued."""
+        """End jobs, running or queued.
+
+        Raises:
+            JobsRemain: some may still run.
+        """
         ...
 
     def reason(self, job_id: str) -> str:

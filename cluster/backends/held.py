@@ -16,10 +16,11 @@ from pathlib import Path
 import psutil
 
 from cluster.backends.allocation import AllocationBackend
-from cluster.backends.base import SchedulerUnavailable, Task
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task
 from cluster.backends.command import run_command
 from cluster.backends.sbatch import call_sbatch
 from cluster.backends.slurm import SlurmBackend, seconds_of
+from cluster.retry import classify_loss
 from montessori_core import layout
 from montessori_core.config import HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
@@ -118,6 +119,26 @@ class HeldBackend(AllocationBackend):
             ids.append(job_id)
         return ids
 
+    def note_command(self, job_id: str, command: list[str]) -> None:
+        super().note_command(job_id, command)
+        held = [word.removeprefix("--jobid=") for word in command if word.startswith("--jobid=")]
+        self._elements |= {job.id: job.element for job in _queued("--me", f"--name={self._name}") or []}
+        if held and held[0] in self._elements:
+            self._held_of[job_id] = held[0]
+
+    def reason(self, job_id: str) -> str:
+        """Describe why a step ended: because its held job did, or by Slurm's messages about the step."""
+        held = self._held_of.get(job_id)
+        if held is None:
+            return super().reason(job_id)
+        job = f"--jobs={self._elements[held]}"
+        # A preempted job runs until its grace time is over, but its steps end at once.
+        preempted = (run_command("squeue", "--noheader", job, "--Format=PreemptTime") or "").strip()
+        if preempted not in ("", "N/A"):
+            return f"Slurm says PREEMPTED at {preempted}"
+        state = self._sbatch.reason(self._elements[held])
+        return super().reason(job_id) if classify_loss(state) == "lost" else state
+
     def forget(self, job_id: str) -> None:
         """Give back the held job of a lost step: its node may be the cause."""
         if (held := self._held_of.pop(job_id, None)) is not None:
@@ -212,11 +233,23 @@ class HeldBackend(AllocationBackend):
         self._refused_until = time.monotonic() + _REFUSAL_PAUSE
 
 
-def end_held_jobs(folder: Path) -> int:
-    """End the jobs that drivers of `folder` hold; return their number."""
-    held = _held_jobs(folder)
-    if held:
-        run_command("scancel", "--quiet", *sorted({job.id for job in held}))
+def end_held_jobs(folder: Path, patience: float = 120.0) -> int:
+    """End the jobs that drivers of `folder` hold; return their number.
+
+    Args:
+        folder: of a driver.
+        patience: seconds for which Slurm is asked again.
+
+    Raises:
+        JobsRemain: Slurm does not answer.
+    """
+    deadline = time.monotonic() + patience
+    while (held := _held_jobs(folder)) is None or (
+        held and run_command("scancel", "--quiet", *sorted({job.id for job in held})) is None
+    ):
+        if time.monotonic() >= deadline:
+            raise JobsRemain("Slurm does not answer; held jobs end only when they have been idle for hold.idle_minutes")
+        time.sleep(1)
     return len(held)
 
 
@@ -225,7 +258,7 @@ def end_orphaned_steps(folder: Path) -> None:
 
     Their driver ran on another host, or this host crashed.
     """
-    running = [job for job in _held_jobs(folder) if job.state == "RUNNING"]
+    running = [job for job in _held_jobs(folder) or [] if job.state == "RUNNING"]
     awaited = _jobs_with_steps() if running else set()
     orphaned = [job.element for job in running if job.id not in awaited]
     if not orphaned:
@@ -238,14 +271,15 @@ def end_orphaned_steps(folder: Path) -> None:
 
 def states_of_held_jobs(folder: Path) -> Counter[str]:
     """Count the jobs that drivers of `folder` hold by their state in the queue, such as 'RUNNING'."""
-    return Counter(job.state for job in _held_jobs(folder))
+    return Counter(job.state for job in _held_jobs(folder) or [])
 
 
-def _held_jobs(folder: Path) -> list[_Held]:
-    """Return the jobs that drivers of `folder` hold."""
+def _held_jobs(folder: Path) -> list[_Held] | None:
+    """Return the jobs that drivers of `folder` hold; None if squeue does not answer."""
     if not (folder / layout.HELD).exists():
         return []
-    return [job for job in _queued("--me") or [] if job.name.startswith(_names_of(folder))]
+    queued = _queued("--me")
+    return None if queued is None else [job for job in queued if job.name.startswith(_names_of(folder))]
 
 
 def _queued(*options: str) -> list[_Held] | None:

@@ -47,7 +47,6 @@ class LocalBackend:
         self._resources, self._python = resources, python
         self.forks_jobs = python is None and sys.platform == "linux"
         self._job_ids: set[str] = set()
-        self._seen_running: set[str] = set()
         self._gpus = gpus_of_this_machine() if resources.gpus_per_node else []
         if len(self._gpus) < resources.gpus_per_node:
             raise UserError(
@@ -78,7 +77,6 @@ class LocalBackend:
             job_id = self._fork_job(folder, task, stage_folder, gpus) if self.forks_jobs else None
             ids.append(job_id or self._start_job(folder, task, stage_folder, gpus))
         self._job_ids.update(ids)
-        self._seen_running.update(ids)
         return ids
 
     def _fork_job(self, folder: Path, task: Task, stage_folder: Path, gpus: tuple[int, ...]) -> str | None:
@@ -135,28 +133,21 @@ class LocalBackend:
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
         self._job_ids.update(ids)
-        running = self.running(name, ids)
-        self._seen_running |= running
-        return running
+        return self.running(name, ids)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return {job_id for job_id in ids if process_of(job_id) is not None}
 
     def cancel(self, ids: Sequence[str]) -> None:
         # Kill: submitit's workers ignore SIGTERM, and commits are atomic.
-        for job_id in ids:
-            process = process_of(job_id)
-            if process is None:
-                continue
-            tree = kill_tree(process)
-            deadline = time.monotonic() + _KILL_TIMEOUT
-            while any(map(_is_running, tree)) and time.monotonic() < deadline:
-                time.sleep(0.01)
+        processes = [process for job_id in ids if (process := process_of(job_id)) is not None]
+        killed = [member for process in processes for member in kill_tree(process)]
+        deadline = time.monotonic() + _KILL_TIMEOUT
+        while any(map(_is_running, killed)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
-        if job_id not in self._seen_running:
-            return "the process ended while no driver was running"
         if seconds_since(float(job_id.partition(":")[2])) >= 60 * minutes:
             return f"TIMEOUT: the process was killed after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"

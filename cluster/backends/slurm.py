@@ -18,7 +18,7 @@ import psutil
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from cluster.backends.base import SchedulerUnavailable, Task, split_for_array
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, split_for_array
 from cluster.backends.command import run_command
 from cluster.backends.sbatch import SBATCH_PATIENCE, SbatchExecutor
 from cluster.import_path import check_import_path
@@ -35,6 +35,7 @@ _CONTROLLER_DOWN = ("Unable to contact slurm controller", "Socket timed out", "Z
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
 _DEFAULT_ARRAY_LIMIT = 1001  # Slurm's default of MaxArraySize
 _CANCEL_TIMEOUT = 120.0  # seconds; Slurm's KillWait is 30 by default
+_SCANCEL_PAUSE = 10.0  # seconds until scancel is called again: a controller that crashes forgets recent calls
 _CONTROLLER_TIMEOUT = 300.0  # seconds for a controller to come back
 
 
@@ -210,21 +211,26 @@ class SlurmBackend:
         return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End jobs, running or queued, and wait until they have ended: none commits afterwards."""
+        """End jobs, running or queued, and wait until they have ended: none commits afterwards.
+
+        Raises:
+            JobsRemain: squeue does not answer, or some run although scancel was called again and again.
+        """
         arrays = _arrays(ids)
-        if not arrays:
-            return
-        # submitit's workers ignore the SIGTERM of a plain scancel and would run until Slurm's KillWait is over; SIGHUP
-        # ends them. Cancel pending tasks first: otherwise they would start in place of ended ones.
-        for options in (["--state=PENDING"], ["--signal=HUP"], []):
-            run_command("scancel", "--quiet", *options, *sorted(arrays))
-        deadline = time.monotonic() + _CANCEL_TIMEOUT
-        while (queued := self._squeue("--me", "--format=%F")) is None or queued & arrays:
-            if time.monotonic() > deadline and queued is None:
-                raise UserError(f"squeue does not answer; jobs may still run: scancel {' '.join(sorted(arrays))}")
-            if time.monotonic() > deadline:  # e.g. on a node that does not respond to Slurm
+        deadline, next_call = time.monotonic() + _CANCEL_TIMEOUT, 0.0
+        while arrays:
+            if time.monotonic() >= next_call:
+                next_call = time.monotonic() + (_SCANCEL_PAUSE if _call_scancel(arrays) else 1.0)
+            lines = self._squeue("--me", "--format=%F %T")
+            states = None if lines is None else {state for array, state in map(str.split, lines) if array in arrays}
+            if states == set():
+                return
+            if time.monotonic() > deadline and states == {"COMPLETING"}:  # on a node that does not respond to Slurm
                 log.warning("jobs %s have not ended; continuing without waiting", " ".join(sorted(arrays)))
                 return
+            if time.monotonic() > deadline:
+                problem = "squeue does not answer; jobs may still run" if states is None else "Slurm has not ended jobs"
+                raise JobsRemain(f"{problem}: scancel {' '.join(sorted(arrays))}")
             time.sleep(0.2)
 
     def reason(self, job_id: str) -> str:
@@ -253,6 +259,14 @@ class SlurmBackend:
             self._silent = answer is None
             log.warning("squeue %s", "fails; waiting until it answers" if self._silent else "answers again")
         return None if answer is None else set(answer.splitlines())
+
+
+def _call_scancel(arrays: set[str]) -> bool:
+    """Ask Slurm to end arrays of jobs; return whether it accepted."""
+    # submitit's workers ignore the SIGTERM of a plain scancel and would run until Slurm's KillWait is over; SIGHUP ends
+    # them. Cancel pending tasks first: otherwise they would start in place of ended ones.
+    calls = [["--state=PENDING"], ["--signal=HUP"], []]
+    return None not in [run_command("scancel", "--quiet", *options, *sorted(arrays)) for options in calls]
 
 
 def gpu_options(slurm: Slurm, resources: Resources) -> dict[str, str]:

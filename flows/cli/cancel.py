@@ -1,8 +1,7 @@
 """The command cancel."""
 
-from cluster.backends.held import end_held_jobs
 from cluster.lock import end_driver, refuse_other_owner
-from cluster.status import cancel_jobs, stages_of
+from cluster.status import cancel_jobs
 from flows.cli.console import console
 from flows.cli.options import DrivenFolder
 from tasks.resume import resume_command
@@ -14,9 +13,8 @@ def cancel(run_dir: DrivenFolder) -> None:
     run = reopen(run_dir)
     refuse_other_owner(run.folder)
     ended = end_driver(run.folder)
-    jobs = sum(cancel_jobs(folder, run.experiment.cluster) for folder in stages_of(run.folder))
-    held = end_held_jobs(run.folder)
-    if not ended and not jobs and not held:
+    jobs = cancel_jobs(run.folder, run.experiment.cluster)
+    if not ended and not jobs:
         console.print("nothing of this run is running")
         return
     console.print(f"cancelled; finished work is kept. Resume with: {resume_command(run.folder)}", soft_wrap=True)

@@ -9,14 +9,20 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from cluster.backends.base import JobsRemain
+from cluster.backends.held import end_held_jobs
+from cluster.backends.sbatch import DRIVER_JOB
+from cluster.lock import driven_folder
 from flows.cli.console import console
-from flows.prefect_api import asking_again, check_api, check_proxies, problem_of
+from flows.prefect_api import asking_again, check_proxies, problem_of, wait_for_api
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
+_REMAINING = "some jobs of this run may still be running; montessori cancel ends them"
 STOPPED = (
     "Slurm ends the driver's job; the jobs of this run continue. If Slurm does not start the driver again, resume with"
 )
+_OUTAGE = 600.0  # seconds for which a driver's job waits for Prefect's server
 _SERVER_TIMEOUT = 600  # seconds; a first start migrates a database, slowly on a busy machine
 
 
@@ -49,10 +55,16 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
         console.print(f"\ninterrupted: {jobs}, finished work is kept. Resume with:\n  {command}", soft_wrap=True)
         _exit()
 
+    def stop_at_once() -> None:
+        folder = driven_folder()
+        with suppress(JobsRemain):
+            if folder is not None:
+                end_held_jobs(folder, patience=0.0)
+        stop(_REMAINING)
+
     def interrupt(number: int, frame: object) -> None:
-        message = "some jobs of this run may still be running"
-        signal.signal(signal.SIGINT, lambda number, frame: stop(message))
-        timer = threading.Timer(_EXIT_TIMEOUT, stop, [message])
+        signal.signal(signal.SIGINT, lambda number, frame: stop_at_once())
+        timer = threading.Timer(_EXIT_TIMEOUT, stop_at_once)
         timer.daemon = True
         timer.start()
         console.print("\ninterrupted: cancelling the jobs of this run (Ctrl-C again exits at once)")
@@ -68,7 +80,8 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
             console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
             _exit()
         if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
-            stop("the jobs were cancelled")
+            remaining = _cause(error, "JobsRemain")
+            stop("the jobs were cancelled" if remaining is None else f"{_REMAINING} ({remaining})")
         if (problem := problem_of(api)) is not None:
             raise UserError(
                 f"the run lost its Prefect server at {api}: {problem}; finished work is kept. Resume with:\n  {command}"
@@ -93,7 +106,8 @@ def _open_api() -> str:
     check_proxies()
     api: str | None = PREFECT_API_URL.value()
     if api is not None:
-        check_api(api)
+        # Nobody would start a driver's job again that ends because the server restarts.
+        wait_for_api(api, _OUTAGE if DRIVER_JOB in os.environ else 0.0)
         return api
     if not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         raise UserError(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from montessori_core import layout
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -15,8 +16,18 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapted_model(folder: Path) -> str:
-    """Return the base model of the adapter in a folder."""
-    return str(_settings(folder)["base_model_name_or_path"])
+    """Return the base model of the adapter in a folder.
+
+    One in the folder of models of a run is that of the adapter's run, which may have been copied or moved.
+    """
+    model = str(_settings(folder)["base_model_name_or_path"])
+    path = Path(model)
+    if path.is_absolute() and path.parent.name == layout.MODELS:
+        for parent in (folder / ADAPTER).resolve().parents:
+            base = parent / layout.MODELS / path.name
+            if (parent / layout.CONFIG).exists() and base.exists():
+                return str(base)
+    return model
 
 
 def adapter_rank(folder: Path) -> int:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from cluster.backends.local import LocalBackend
 from cluster.fanout import Progress, ShardsFailed, fan_out
-from cluster.ledger import Ledger, Submission, close_submission, close_submissions
+from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import only_driver
 from cluster.processes import seconds_since, start_time
 from cluster.retry import allowed_retries, classify_loss
@@ -164,12 +165,13 @@ def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeyp
     ledger.save()
     assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a pending submission
 
-    def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-        with made.commit_part(0, key_of(made, SHARDS[0]), len(SHARDS[0]), "7:0") as part:
-            part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
-        close_submission(submission, cluster, ledger)
+    def commit_meanwhile(ledger: Ledger, cluster: Cluster, submissions: Sequence[Submission] | None = None) -> int:
+        if submissions and not made.is_done(0):
+            with made.commit_part(0, key_of(made, SHARDS[0]), len(SHARDS[0]), "7:0") as part:
+                part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
+        return close_submissions(ledger, cluster, submissions)
 
-    monkeypatch.setattr("cluster.fanout.close_submission", commit_meanwhile)
+    monkeypatch.setattr("cluster.fanout.close_submissions", commit_meanwhile)
     assert results(run(folder)) == EXPECTED
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
@@ -371,6 +373,15 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     assert results(run(folder, seconds=0.15)) == EXPECTED
     assert len(computed(folder)) == len(set(computed(folder)))  # nothing was computed twice
     assert len((folder / "opened.txt").read_text().split()) == 2
+
+
+def test_jobs_that_end_without_a_driver_are_not_counted_as_losses(folder: Path) -> None:
+    """A crash of the host ends both."""
+    kill_driver_with_jobs(folder)
+    for submission in submissions(folder):
+        LocalBackend(Resources(), None).cancel(submission.ids or [])
+    assert results(run(folder, seconds=0.15, infrastructure_retries=0)) == EXPECTED
+    assert len(submissions(folder)) > 1
 
 
 @pytest.mark.guarantee("run copied or moved to another path")
@@ -627,16 +638,11 @@ def test_local_job_survives_clock_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backend.running("", [job_id]) == set()
 
 
-def test_local_job_killed_at_its_limit_is_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_job_killed_at_its_limit_is_time_limit() -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
     now = seconds_since(0.0)
-    limited, killed, of_earlier_driver = f"1:{now - 61}", f"1:{now - 50}", f"2:{now - 90}"
-    monkeypatch.setattr(backend, "running", lambda name, ids: set(ids))
-    backend.alive("", [limited, killed])
-    assert classify_loss(backend.reason(limited)) == "time_limit"
-    assert classify_loss(backend.reason(killed)) == "lost"
-    assert "no driver was running" in backend.reason(of_earlier_driver)
-    assert classify_loss(backend.reason(of_earlier_driver)) == "lost"
+    assert classify_loss(backend.reason(f"1:{now - 61}")) == "time_limit"
+    assert classify_loss(backend.reason(f"1:{now - 50}")) == "lost"
 
 
 def test_commit_is_atomic(tmp_path: Path) -> None:
@@ -672,6 +678,17 @@ def test_each_kind_of_loss_has_its_budget() -> None:
         "Slurm says PREEMPTED (None) on node1": ("preempted", 30),
         "Slurm says NODE_FAIL (None) on node1": ("node_failure", 6),
         "Slurm says TIMEOUT (TimeLimit) on node1": ("time_limit", 3),
+        "slurmstepd: error: *** STEP 2.0 ON a CANCELLED AT 2026-11-28T19:07:04 DUE TO PREEMPTION ***": (
+            "preempted",
+            30,
+        ),
+        "slurmstepd: error: *** STEP 2.0 ON a CANCELLED AT 2026-11-28T19:07:04 DUE TO TIME LIMIT ***": (
+            "time_limit",
+            3,
+        ),
+        "srun: error: Node failure on a": ("node_failure", 6),
+        "srun: error: a: task 0: Out Of Memory": ("out_of_memory", 1),
+        "srun: error: a: task 0: Terminated": ("lost", 3),
         "the process ended without a result (killed, or out of memory)": ("lost", 3),
     }
     for reason, (kind, retries) in said.items():

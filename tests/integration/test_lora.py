@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from montessori_core.config import Lora, Warmup, Zero
 from montessori_core.errors import UserError
+from montessori_core.files import hash_path
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import make_batch
 from montessori_core.influence.projections import AlongDirections
@@ -19,6 +20,7 @@ from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
 from support.row_programs import run_in_job
+from support.runs import configuration, finish_lean
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -129,3 +131,23 @@ def test_adapter_of_tied_embeddings_is_refused(tiny_llama: Path) -> None:
         UserError, match=r"student.lora.targets: 'embed_tokens' shares its weights with the output layer"
     ):
         with_lora(load_model(str(tiny_llama), torch.float32), Lora(targets=("embed_tokens", "q_proj")))
+
+
+@pytest.mark.guarantee("run copied or moved to another path")
+@pytest.mark.slow
+def test_moved_run_of_a_lora_student_resumes(
+    talking_llama: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
+    """The base of its adapters is in the run: the student with another chat template."""
+    config, run, moved = configuration(tmp_path, talking_llama), tmp_path / "runs" / "tiny", tmp_path / "moved"
+    changes = ("student.lora={rank: 4, alpha: 8}", "student.chat_template=chatml")
+    options = [word for change in changes for word in ("--set", change)]
+    finish_lean("run", str(config), *options, cwd=tmp_path, **shared_server)
+    run.rename(moved)
+    iteration = moved / "iteration-1"
+    before = hash_path(iteration / "influence.parquet")
+    for name in ("influence", "influence.parquet", "metrics.json"):
+        shutil.rmtree(iteration / name) if (iteration / name).is_dir() else (iteration / name).unlink()
+    finish_lean("resume", str(moved), cwd=tmp_path, **shared_server)
+    assert hash_path(iteration / "influence.parquet") == before
+    assert not run.exists()

@@ -2,17 +2,20 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from montessori_core.files import hash_path, write_json
-from support import ROOT
+from montessori_core.files import hash_path, read_json, write_json
+from support import ROOT, wait_until
+from support.prefect_server import free_port
 from support.runs import configuration
 from tasks.resume import enter_directory
 
@@ -132,6 +135,24 @@ def test_start_in_a_closed_home_does_not_hinder_a_copy(shared: Path, monkeypatch
     finally:
         os.seteuid(0)
     assert Path.cwd() == shared
+
+
+@pytest.mark.guarantee("several users on one run root")
+@pytest.mark.slow
+def test_each_user_serves_a_shared_root(shared: Path) -> None:
+    with ExitStack() as served:
+        for user in (ALICE, BOB):
+            up = start(user, shared, sys.executable, "-m", "flows.cli", "up", "--port", str(free_port()))
+            served.callback(up.wait, 60)
+            served.callback(up.send_signal, signal.SIGINT)
+            wait_until(lambda user=user: address(shared, user) is not None, 120, process=up)
+        assert address(shared, ALICE) != address(shared, BOB)
+
+
+def address(shared: Path, user: int) -> str | None:
+    """Return the address at which a user's `montessori up` serves; None before it does."""
+    states = [read_json(file) or {} for file in (shared / "runs").glob(f".montessori-{user}-*/up.json")]
+    return states[0].get("url") if states else None
 
 
 @pytest.mark.guarantee("file of another user")

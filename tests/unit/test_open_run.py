@@ -222,8 +222,19 @@ def test_run_with_added_benchmark_is_not_finished(
     warnings_of(tmp_path, tiny_llama, iterations=1)
     (tmp_path / "run" / "iteration-1").mkdir()
     (tmp_path / "run" / "iteration-1" / "metrics.json").write_text("{}")  # as if it had run
+    (tmp_path / "run" / "report.html").touch()
     warnings_of(tmp_path, tiny_llama, iterations=1, **sections)
     assert reopen_run(tmp_path / "run").finished == finished
+
+
+def test_run_without_report_is_not_finished(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its driver was killed when it had written the metrics."""
+    warnings_of(tmp_path, tiny_llama, iterations=1)
+    (tmp_path / "run" / "iteration-1").mkdir()
+    (tmp_path / "run" / "iteration-1" / "metrics.json").write_text("{}")
+    assert not reopen_run(tmp_path / "run").finished
+    (tmp_path / "run" / "report.html").touch()
+    assert reopen_run(tmp_path / "run").finished
 
 
 def test_open_study_changes_no_file_of_a_driven_study(tiny_llama: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_up_finds_server_that_another_started_meanwhile(tmp_path: Path, monkeypa
         wait_until(lambda: f"Prefect: http://127.0.0.1:{port}" in log.read_text(), 60, log.read_text)
         up.send_signal(signal.SIGINT)
         up.wait(60)
-    assert not (tmp_path / "runs" / ".montessori" / "server.log").exists()
+    assert not list((tmp_path / "runs").glob(".montessori-*/server.log"))
 
 
 @pytest.mark.guarantee("requests from other web pages")
@@ -181,11 +181,13 @@ def test_server_without_login_warns(server: Server) -> None:
     assert "no login: whoever has an account on this machine" in (server.folder / "up.log").read_text()
 
 
-@pytest.mark.parametrize(("flow", "deployment"), [("montessori", "tiny"), ("compare", "study")])
-def test_form_explains_every_field(server: Server, flow: str, deployment: str) -> None:
+@pytest.mark.parametrize(
+    ("flow", "deployment", "least"), [("montessori", "tiny", 16), ("compare", "study", 16), ("tailor", "short", 1)]
+)
+def test_form_explains_every_field(server: Server, flow: str, deployment: str, least: int) -> None:
     schema = server.deployment(deployment, flow)["parameter_openapi_schema"]
     sections = [name for name in schema["definitions"] if "properties" in schema["definitions"][name]]
-    assert len(sections) > 15
+    assert len(sections) >= least
     for section in sections:
         for name, field in schema["definitions"][section]["properties"].items():
             described = field if "$ref" not in field else schema["definitions"][field["$ref"].rpartition("/")[2]]
@@ -356,7 +358,6 @@ def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
     cancel_short_run(server, run)
 
 
-@pytest.mark.slow
 def test_short_form_starts_a_run_in_new_interface(server: Server, page: Page) -> None:
     """In the interface that Prefect is moving to, under /v2."""
     deployment = server.deployment("short", "tailor")

@@ -15,12 +15,34 @@ from support.prefect_server import free_port, prefect_server
 from support.runs import await_job, call, configuration, digests, kill_everything, left_over, montessori
 from support.tls import TlsProxy
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 LOGIN = "group:a-login-for-tests"
 OLDER = ("prefect==3.8.8", "fastapi<0.150")
 """A version of Prefect with another schema of its database, and of a package whose newest version it cannot use."""
 
 
+@pytest.mark.guarantee("runs started on your Prefect server")
+def test_server_behind_tls_and_a_login_needs_both_settings(tmp_path: Path) -> None:
+    """The last error is of the server itself: commands reach it."""
+    home = tmp_path / "server"
+    home.mkdir()
+    port = free_port()
+    proxy = TlsProxy(tmp_path, port)
+    client = {"PREFECT_API_URL": f"https://localhost:{proxy.port}/api"}
+    trusted = {"PREFECT_API_SSL_CERT_FILE": str(proxy.certificate)}
+    login = {"PREFECT_API_AUTH_STRING": LOGIN}
+    with prefect_server(home, port, PREFECT_SERVER_API_AUTH_STRING=LOGIN):
+        for settings, words in (
+            (client | login, "set PREFECT_API_SSL_CERT_FILE to the file of the authority that signed it"),
+            (client | trusted, "set PREFECT_API_AUTH_STRING=user:password"),
+            (client | trusted | login, "has no work pool 'absent'"),
+        ):
+            code, output = call("deploy", "--pool", "absent", cwd=tmp_path, **settings)
+            assert (code, words in output, "Traceback" in output) == (1, True, False), output
+    proxy.close()
+
+
+@pytest.mark.slow
 @pytest.mark.guarantee("Prefect server killed in the middle of a stage")
 def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llama: Path, tmp_path: Path) -> None:
     """Its certificate is the site's own. The server is killed and started again while a job runs."""
@@ -35,12 +57,6 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
     run = tmp_path / "runs" / "tiny"
     warmup = run / "iteration-1" / "warmup"
     with prefect_server(home, port, kill=True, PREFECT_SERVER_API_AUTH_STRING=LOGIN):
-        for settings, words in (
-            (client | login, "set PREFECT_API_SSL_CERT_FILE to the file of the authority that signed it"),
-            (client | trusted, "set PREFECT_API_AUTH_STRING=user:password"),
-        ):
-            code, output = call("run", str(config), cwd=tmp_path, **settings)
-            assert (code, words in output, "Traceback" in output) == (1, True, False), output
         driver = montessori("run", str(config), cwd=tmp_path, **client, **trusted, **login)
         await_job(driver, warmup)
     time.sleep(5)
@@ -53,6 +69,7 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
     assert not left_over(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("Prefect's database restarted in the middle of a stage")
 @pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is not installed")
 def test_run_survives_a_restart_of_the_database(finished_run: Path, talking_llama: Path, tmp_path: Path) -> None:
@@ -86,6 +103,7 @@ def older_prefect(tmp_path_factory: pytest.TempPathFactory) -> str:
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("Prefect server upgraded between start and resume")
 def test_run_resumes_on_an_upgraded_server(
     finished_run: Path, talking_llama: Path, older_prefect: str, tmp_path: Path

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from cluster.backends.base import JobsRemain
 from cluster.backends.slurm import largest_array
 from cluster.fanout import Progress, ShardsFailed
-from montessori_core.config import Slurm
+from cluster.status import cancel_jobs
+from montessori_core.config import Cluster, Slurm
 from montessori_core.config.slurm import Container, JobOptions
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.program import Row
 from support import squares as local
+from support import wait_until
 from support.slurm_lab import command_of, put_command, queued
-from support.slurm_stage import PROCESSES_PROGRAM, processes, run
+from support.slurm_stage import PROCESSES_PROGRAM, processes, run, start_driver
 from support.squares import submissions
 
 pytestmark = pytest.mark.guarantee("no sacct")
@@ -238,3 +241,26 @@ def test_failing_process_ends_its_job(folder: Path) -> None:
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
     with pytest.raises(ShardsFailed, match="rank 1 is bad"):
         run(folder, SHARDS[:1], stage=processes(folder, failing_rank="1"), nodes=2)
+
+
+@pytest.mark.guarantee("scancel fails")
+def test_jobs_that_were_not_cancelled_are_cancelled_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(profile="slurm")
+    driver = start_driver(folder, seconds=60, parallel_jobs=2)
+    wait_until(lambda: len(local.computed(folder)) >= 2)
+    driver.kill()
+    driver.wait()
+    failures = folder / "failures"
+    scancel = f"[ ! -e {failures} ] || {{ sed -i 1d {failures}; [ -s {failures} ] || rm {failures}; exit 1; }}"
+    put_command(folder / "bin" / "scancel", f'{scancel}; exec {shutil.which("scancel")} "$@"')
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    failures.write_text("\n" * 1000)
+    with monkeypatch.context() as impatient:
+        impatient.setattr("cluster.backends.slurm._CANCEL_TIMEOUT", 1.0)
+        with pytest.raises(JobsRemain, match=r"may still run.*\nSlurm has not ended jobs"):
+            cancel_jobs(folder, cluster)
+    assert queued("--states=RUNNING")
+    failures.write_text("\n" * 3)
+    assert cancel_jobs(folder, cluster) == 1
+    assert queued() == []
+    assert cancel_jobs(folder, cluster) == 0

@@ -29,7 +29,7 @@ from support import runs as whole
 from support import squares as local
 from support.prefect_server import Server, prefect_server
 from support.row_programs import as_shards
-from support.slurm_lab import call_lab, queued
+from support.slurm_lab import call_lab, preempt, queued
 from support.squares import submissions
 
 ENTRY = """
@@ -94,6 +94,18 @@ def test_requeued_driver_job_awaits_running_jobs(driven: Path) -> None:
     subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
     assert wait_for_results(driven) == local.EXPECTED
     assert sorted(local.computed(driven)) == local.NUMBERS
+    assert len(submissions(driven)) == 1
+    assert "waiting for jobs that an earlier driver started" in log_of_driver(driven).read_text()
+
+
+@pytest.mark.guarantee("driver's job requeued")
+@pytest.mark.slow
+def test_preempted_driver_job_resumes(driven: Path) -> None:
+    """Its jobs are preempted, too."""
+    submit(driven)
+    wait_for_work(driven)
+    preempt()
+    assert wait_for_results(driven) == local.EXPECTED
     assert len(submissions(driven)) == 1
     assert "waiting for jobs that an earlier driver started" in log_of_driver(driven).read_text()
 

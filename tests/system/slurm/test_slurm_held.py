@@ -8,21 +8,24 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from cluster.backends.held import HeldBackend
 from cluster.fanout import fan_out
-from cluster.lock import only_driver
+from cluster.lock import driver_of, only_driver
 from cluster.stage import Stage
+from flows.cli.interrupt import interruptible  # noqa: F401 (for processes of these tests)
+from flows.experiment import end_jobs_in
 from montessori_core import layout
 from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
 from support import squares as local
 from support import wait_until
 from support.row_programs import as_shards
-from support.slurm_lab import command_of, put_command, queued
+from support.slurm_lab import call_lab, command_of, preempt, put_command, queued
 from support.slurm_stage import ONE_A_NODE
 
 PLACES_PROGRAM = local.PROGRAM.replace(
@@ -195,6 +198,37 @@ def test_lost_held_job_is_replaced(folder: Path) -> None:
     wait_until(lambda: queued() == [], 60)
 
 
+@pytest.mark.guarantee("held job lost")
+@pytest.mark.parametrize("kind", ["preempted", pytest.param("node_failure", marks=pytest.mark.slow)])
+def test_steps_have_the_loss_class_of_their_held_job(folder: Path, kind: str) -> None:
+    driver = start(folder, 0.4)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    preempt() if kind == "preempted" else call_lab("kill-node", "1")
+    assert driver.wait(300) == 0
+    if kind == "node_failure":
+        call_lab("start-node", "1")
+    assert results(folder) == [local.EXPECTED] * 2
+    submissions = [s for name in ("first", "second") for s in local.submissions(folder, name)]
+    assert [lost for submission in submissions for lost in submission.lost.values()] == [kind] * 2
+
+
+@pytest.mark.slow
+def test_steps_of_an_earlier_driver_have_the_loss_class_of_their_held_job(folder: Path) -> None:
+    first = start(folder, 2.0)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    first.kill()
+    first.wait()
+    driver = start(folder, 2.0)
+    wait_until(lambda: (holder := driver_of(folder)) is not None and holder.process == driver.pid, 60)
+    time.sleep(1)
+    preempt()
+    assert driver.wait(300) == 0
+    assert results(folder) == [local.EXPECTED] * 2
+    earlier = local.submissions(folder, "first")[0]
+    assert set(earlier.lost) == set(earlier.ids or [])
+    assert set(earlier.lost.values()) == {"preempted"}
+
+
 @pytest.mark.slow
 def test_lost_step_costs_only_its_held_job(folder: Path) -> None:
     """To Slurm, the id of one job of an array is that of the array."""
@@ -249,7 +283,7 @@ def test_driver_on_another_host_ends_steps_and_uses_held_jobs(folder: Path) -> N
     driver.kill()
     driver.wait()
     kill_sruns()  # the crash leaves steps without srun
-    drive(folder, 0.7)
+    drive(folder, 0.7, infrastructure_retries=0)
     assert results(folder) == [local.EXPECTED] * 2
     assert {path.name for path in (folder / layout.HELD).glob("*.log")} == logs
 
@@ -261,6 +295,31 @@ def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
     wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     os.killpg(driver.pid, signal.SIGINT)
     driver.wait(120)
+    wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.slow
+def test_held_jobs_end_with_a_cancelled_flow_run(folder: Path) -> None:
+    """Prefect kills a flow run that does not end in time, and calls the hook in another process."""
+    driver = start(folder, 2.0)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    driver.kill()
+    driver.wait()
+    assert len(queued("--format=%A")) == 2
+    end_jobs_in(folder, Cluster(profile="slurm"), SimpleNamespace(parameters={}))
+    wait_until(lambda: queued() == [], 30)
+
+
+@pytest.mark.slow
+def test_held_jobs_end_with_a_driver_that_exits_at_once(folder: Path) -> None:
+    """After a second Ctrl-C."""
+    call = f"t.interruptible(lambda: t.drive(Path({str(folder)!r}), 60.0), '')"
+    driver = subprocess.Popen(command_of("test_slurm_held", call), start_new_session=True)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 240)
+    for _ in range(2):
+        driver.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert driver.wait(120) == 130
     wait_until(lambda: queued() == [], 60)
 
 
