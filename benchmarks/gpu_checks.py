@@ -1,24 +1,17 @@
-"""Check influence and training on a GPU and measure their speed, on a machine with CUDA.
+"""Check influence and training on a GPU, in the deterministic mode of jobs.
 
-    python benchmarks/gpu.py [--out docs/benchmarks.md] [--shapes 135m 1b 8b]
+    python benchmarks/gpu_checks.py --student DIR
 
-Checks on the embedded SmolLM2-135M: the student is bit-identical after any number of examples; influence is bit-identical in
-any order; the GPU agrees with the CPU; first order agrees with exact, linear with first order; training on two GPUs with
-ZeRO-3 agrees with one (if there are two). Then the program runs benchmarks/influence.py and influence_shapes.py on the GPU.
-It prints a Markdown section with date, hardware and versions, and appends it to --out, each line as soon as it is known. The
-exit code is 1 if a check failed.
+The student is bit-identical after any number of examples; influence is bit-identical in any order; the GPU agrees with the
+CPU; first order agrees with exact, linear with first order; training in two processes with ZeRO-3 agrees with one. The exit
+code is 1 if one of these failed. Whether first order and bfloat16 repeat to the last bit, too, is only reported. Each line of
+the Markdown table is printed as soon as it is known.
 """
 
 import argparse
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +19,6 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from cluster.fanout import fan_out
-from cluster.shards import Shards
-from cluster.stage import Stage
 from montessori_core.config import Cluster, DataSource, Resources, Warmup, Zero
 from montessori_core.data.rows import Rows
 from montessori_core.data.sources import read_tasks
@@ -36,25 +26,33 @@ from montessori_core.influence import AdamW, InfluenceMeter, Measurement, Refere
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.models.chat import Encoded, encode_example
-from montessori_core.models.embedded import fetch_embedded
+from montessori_core.models.device import compute_device
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.programs import SFT, Sft
-from montessori_core.training.moments import Moments
+from montessori_core.training.moments import Moments, number_type
 
 RATE, LIGHT = 1e-5, 1 / 32
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check, whether it passed (None: not possible here), and the measured value."""
+    """A check.
+
+    Attributes:
+        name: what is checked.
+        good: whether it passed; None if it is not possible here.
+        measured: the measured value.
+        required: whether the program fails if it did not pass.
+    """
 
     name: str
     good: bool | None
     measured: str
+    required: bool = True
 
     def row(self) -> str:
         """Return the row of the table."""
-        passed = {True: "yes", False: "**no**", None: "not checked"}[self.good]
+        passed = {True: "yes", False: "**no**" if self.required else "no", None: "not checked"}[self.good]
         return f"| {self.name} | {passed} | {self.measured} |"
 
 
@@ -68,9 +66,9 @@ class WarmStudent:
     reference: list[Encoded]
     probing: list[Encoded]
 
-    def model(self, device: torch.device) -> Any:
+    def model(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model on a device."""
-        model = load_model(str(self.folder), torch.float32)
+        model = load_model(str(self.folder), dtype)
         model.load_state_dict(self.weights, strict=False)
         return model.to(device)
 
@@ -85,9 +83,10 @@ class WarmStudent:
         examples: Sequence[Encoded],
         estimator: Literal["exact", "first_order"] = "exact",
         weight: float = 1.0,
+        dtype: torch.dtype = torch.float32,
     ) -> list[float]:
         """Return the influence of each example on a new copy of the student, nats."""
-        student = self.resident(self.model(device), device, weight)
+        student = self.resident(self.model(device, dtype), device, weight)
         return measure_all(InfluenceMeter(student, ReferenceSet(self.reference, 1024, device), estimator), examples)
 
     def measure_together(self, device: torch.device, examples: Sequence[Encoded], weight: float) -> list[float]:
@@ -109,49 +108,24 @@ def influence_of(measurement: Measurement) -> float:
 
 
 def main() -> None:
-    """Check, measure, and print and append the section."""
+    """Check, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="Markdown file to append the section to")
-    parser.add_argument(
-        "--shapes", nargs="*", default=["135m", "1b"], help="students of influence_shapes.py; 8b needs 80 GB"
-    )
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "benchmarks/gpu.py needs a GPU, and torch finds none: start it on a machine with CUDA and a CUDA build of torch "
-            f"(this is {torch.__version__}). benchmarks/influence.py also runs on a CPU."
-        )
-    device = torch.device("cuda")
-    say = partial(append, arguments.out)
-    say(heading(hardware()))
-    folder = fetch_embedded()
-    checks = []
-    for check in run_checks(folder, device):
-        checks.append(check)
-        say(check.row())
-    say("\n### SmolLM2-135M, fp32, beside the published procedure\n")
-    for line in run_benchmark("influence.py", "--device", "cuda"):
-        say(line)
-    if arguments.shapes:
-        say("\n### Students with random weights\n")
-        for line in run_benchmark("influence_shapes.py", "--shapes", *arguments.shapes):
-            say(line)
-    raise SystemExit(any(check.good is False for check in checks))
-
-
-def append(path: Path | None, text: str) -> None:
-    """Print a part of the section, and append it to a file."""
-    print(text, flush=True)  # noqa: T201
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{text}\n")
+    parser.add_argument("--student", type=Path, required=True, help="model folder")
+    student = parser.parse_args().student
+    print("| check | passed | measured |\n|---|---|---|", flush=True)  # noqa: T201
+    failed = False
+    for check in run_checks(student, compute_device()):
+        print(check.row(), flush=True)  # noqa: T201
+        failed |= check.required and check.good is False
+    raise SystemExit(failed)
 
 
 def run_checks(folder: Path, device: torch.device) -> Iterator[Check]:
     """Run all checks."""
     warm = warm_up(folder, device, steps=4, references=8, probing=12)
     yield from check_influence(warm, device)
-    yield check_sharded_training(folder, torch.cuda.device_count())
+    yield from check_repeats(warm, device)
+    yield check_sharded_training(folder, device)
 
 
 def warm_up(folder: Path, device: torch.device, steps: int, references: int, probing: int) -> WarmStudent:
@@ -205,6 +179,25 @@ def check_influence(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
     yield agreement("linear agrees with first order at weight 1/32", linear, light, max(light) - min(light), 0.25)
 
 
+def check_repeats(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
+    """Check that first order, and both in bfloat16, repeat in another order and on another worker; none is required."""
+    combinations: list[tuple[Literal["exact", "first_order"], torch.dtype]] = [
+        ("first_order", torch.float32),
+        ("exact", torch.bfloat16),
+        ("first_order", torch.bfloat16),
+    ]
+    for estimator, dtype in combinations:
+        influence = warm.measure(device, warm.probing, estimator, dtype=dtype)
+        again = warm.measure(device, warm.probing[::-1], estimator, dtype=dtype)[::-1]
+        same = sum(a == b for a, b in zip(influence, again, strict=True))
+        yield Check(
+            f"{estimator.replace('_', ' ')} in {number_type(dtype)} is the same to the last bit in another order",
+            same == len(influence),
+            f"{same} of {len(influence)} examples",
+            required=False,
+        )
+
+
 def agreement(name: str, values: list[float], expected: list[float], spread: float, tolerance: float) -> Check:
     """Check that no value differs from the expected one by more than `tolerance * spread`, and that ranks agree."""
     error = max(abs(a - b) for a, b in zip(values, expected, strict=True)) / spread
@@ -216,59 +209,36 @@ def agreement(name: str, values: list[float], expected: list[float], spread: flo
     )
 
 
-def check_sharded_training(folder: Path, gpus: int) -> Check:
-    """Compare one warm-up epoch on two GPUs with ZeRO-3 with one GPU without it."""
-    name = "ZeRO-3 over two GPUs trains as one GPU does"
-    if gpus < 2:
-        return Check(name, None, f"needs two GPUs, {gpus} here")
+def check_sharded_training(folder: Path, device: torch.device) -> Check:
+    """Compare one warm-up epoch in two processes with ZeRO-3, on two GPUs or the CPU, with one process without it."""
+    name = "ZeRO-3 in two processes trains as one process does"
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        return Check(name, None, f"needs two GPUs, {torch.cuda.device_count()} here")
     with tempfile.TemporaryDirectory() as scratch:
-        single, sharded = (train(folder, Path(scratch) / str(processes), processes) for processes in (1, 2))
+        single, sharded = (train(folder, Path(scratch) / str(processes), processes, device) for processes in (1, 2))
     start = load_file(folder / "model.safetensors")
     largest_change = max(float((single[key] - start[key]).abs().max()) for key in single)
     error = max(float((single[key] - sharded[key]).abs().max()) for key in single) / largest_change
     return Check(name, error <= 0.01, f"largest difference {error:.2%} of the largest change of a weight (at most 1%)")
 
 
-def train(folder: Path, scratch: Path, processes: int) -> dict[str, torch.Tensor]:
+def train(folder: Path, scratch: Path, processes: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the weights after a warm-up on eight examples."""
+    from cluster.fanout import fan_out  # imports submitit, which the other checks do not need
+    from cluster.shards import Shards
+    from cluster.stage import Stage
+
     recipe = Warmup(learning_rate=RATE, batch_size=4, micro_batch_size=2).shared()
     zero = Zero(stage=3 if processes > 1 else 0)
     settings = Sft(max_length=256, lora=None, recipe=recipe, zero=zero, seed=0, save_moments=False)
     tasks = read_tasks(DataSource(path="builtin", limit=8), "reference", with_response=True)
     rows = [{"instruction": task.instruction, "response": task.response, "response_finished": True} for task in tasks]
     stage = Stage.of(SFT, settings, scratch, {"student": folder}, {})
-    resources = Resources(processes_per_node=processes, gpus_per_node=processes)
+    gpus = processes if device.type == "cuda" else 0
+    resources = Resources(processes_per_node=processes, gpus_per_node=gpus, cpus_per_process=1)
     (part,) = fan_out(stage, Shards(Rows.of(rows), len(rows)), resources, Cluster())
     weights: dict[str, torch.Tensor] = load_file(part / "model.safetensors")
     return weights
-
-
-def run_benchmark(script: str, *options: str) -> Iterator[str]:
-    """Run a program beside this one; yield its lines as it prints them.
-
-    Raises:
-        SystemExit: it failed; what it wrote to stderr is above.
-    """
-    command = [sys.executable, str(Path(__file__).with_name(script)), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield from (line.rstrip("\n") for line in process.stdout)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-
-
-def hardware() -> str:
-    """Return GPUs, CUDA and package versions as text."""
-    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    gpu_text = f"{len(gpus)} x {gpus[0].name} of {gpus[0].total_memory / 2**30:.0f} GiB" if gpus else "no GPU"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "deepspeed"))
-    return f"{gpu_text}, CUDA {torch.version.cuda}, Python {platform.python_version()}, {versions}"
-
-
-def heading(machine: str) -> str:
-    """Return the start of the section, up to the heading of the table of checks."""
-    command = f"`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}: {machine}."
-    return f"\n## On a GPU\n\n{command}\n\n| check | passed | measured |\n|---|---|---|"
 
 
 if __name__ == "__main__":
