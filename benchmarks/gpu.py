@@ -1,142 +1,165 @@
 """Check influence and training on a GPU and measure their speed, on a machine with CUDA.
 
-    python benchmarks/gpu.py [--out docs/benchmarks.md] [--shapes 135m 1b 8b]
+    python benchmarks/gpu.py [--minutes 14] [--out FILE] [--student DIR] [--shapes 8b 1b 135m] [--dtypes bfloat16 mixed]
 
-Checks on the embedded SmolLM2-135M: the student is bit-identical after any number of examples; influence is bit-identical in
-any order; the GPU agrees with the CPU; first order agrees with exact, linear with first order; training on two GPUs with
-ZeRO-3 agrees with one (if there are two). Then the program runs benchmarks/influence.py and influence_shapes.py on the GPU.
-It prints a Markdown section with date, hardware and versions, and appends it to --out, each line as soon as it is known. The
-exit code is 1 if a check failed.
+Each step is a program of this folder in a process of its own, so that it has the whole GPU and a failure ends only this step.
+The most wanted come first: the first of --shapes in the first of --dtypes; the checks; the other shapes; generation; the
+other dtypes; the published procedure. When --minutes are over, the step that runs is stopped, and the others are skipped.
+
+The program prints a Markdown section with date, hardware and versions, and appends it to --out, each line as soon as it is
+known. The exit code is 1 if a step or a check failed.
 """
 
 import argparse
-import platform
+import math
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
-from scipy.stats import spearmanr
 
-from cluster.fanout import fan_out
-from cluster.shards import Shards
-from cluster.stage import Stage
-from montessori_core.config import Cluster, DataSource, Resources, Warmup, Zero
-from montessori_core.data.rows import Rows
-from montessori_core.data.sources import read_tasks
-from montessori_core.influence import AdamW, InfluenceMeter, Measurement, ReferenceSet, ResidentStudent
-from montessori_core.influence.linear import LinearMeter
-from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.models.chat import Encoded, encode_example
+from montessori_core.errors import UserError
 from montessori_core.models.embedded import fetch_embedded
-from montessori_core.models.load import load_model, load_tokenizer
-from montessori_core.programs import SFT, Sft
-from montessori_core.training.moments import Moments
 
-RATE, LIGHT = 1e-5, 1 / 32
+_GRACE = 20.0  # seconds in which a stopped step removes its files
 
 
 @dataclass(frozen=True)
-class Check:
-    """A check, whether it passed (None: not possible here), and the measured value."""
+class Step:
+    """A program of this folder and its options; `on_student`: it also needs a model's folder."""
 
-    name: str
-    good: bool | None
-    measured: str
-
-    def row(self) -> str:
-        """Return the row of the table."""
-        passed = {True: "yes", False: "**no**", None: "not checked"}[self.good]
-        return f"| {self.name} | {passed} | {self.measured} |"
+    title: str
+    script: str
+    options: tuple[str, ...] = ()
+    on_student: bool = False
 
 
-@dataclass(frozen=True)
-class WarmStudent:
-    """A student after a few training steps, its AdamW moments, and examples."""
-
-    folder: Path
-    weights: dict[str, torch.Tensor]
-    moments: Moments
-    reference: list[Encoded]
-    probing: list[Encoded]
-
-    def model(self, device: torch.device) -> Any:
-        """Return the model on a device."""
-        model = load_model(str(self.folder), torch.float32)
-        model.load_state_dict(self.weights, strict=False)
-        return model.to(device)
-
-    def resident(self, model: Any, device: torch.device, weight: float = 1.0) -> ResidentStudent:
-        """Return the student, whose step gives an example this weight."""
-        moments = Moments(dict(self.moments.first), dict(self.moments.second), self.moments.step)
-        return ResidentStudent(model, moments, AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1, weight), device)
-
-    def measure(
-        self,
-        device: torch.device,
-        examples: Sequence[Encoded],
-        estimator: Literal["exact", "first_order"] = "exact",
-        weight: float = 1.0,
-    ) -> list[float]:
-        """Return the influence of each example on a new copy of the student, nats."""
-        student = self.resident(self.model(device), device, weight)
-        return measure_all(InfluenceMeter(student, ReferenceSet(self.reference, 1024, device), estimator), examples)
-
-    def measure_together(self, device: torch.device, examples: Sequence[Encoded], weight: float) -> list[float]:
-        """Return the influence of each example with a linear step, all in one batch, nats."""
-        model, reference = self.model(device), ReferenceSet(self.reference, 1024, device)
-        meter = LinearMeter(model, lambda: self.resident(model, device, weight), reference, batch_tokens=1 << 14)
-        return list(map(influence_of, meter.measure_batch(examples)))
-
-
-def measure_all(meter: InfluenceMeter, examples: Sequence[Encoded]) -> list[float]:
-    """Return the influence of each example, nats."""
-    return [influence_of(meter.measure(example)) for example in examples]
-
-
-def influence_of(measurement: Measurement) -> float:
-    """Return the influence of a measured example, nats."""
-    assert measurement.influence_student is not None, measurement.status
-    return measurement.influence_student
+class StepFailed(Exception):
+    """A step ended with an error, which is on stderr."""
 
 
 def main() -> None:
-    """Check, measure, and print and append the section."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="Markdown file to append the section to")
-    parser.add_argument(
-        "--shapes", nargs="*", default=["135m", "1b"], help="students of influence_shapes.py; 8b needs 80 GB"
-    )
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    """Run all steps, and print and append the section."""
+    arguments = parse_arguments()
+    # Only counts the GPUs: with a context, this process would keep memory that the steps need.
+    if not arguments.allow_cpu and not torch.cuda.is_available():
         raise SystemExit(
             "benchmarks/gpu.py needs a GPU, and torch finds none: start it on a machine with CUDA and a CUDA build of torch "
             f"(this is {torch.__version__}). benchmarks/influence.py also runs on a CPU."
         )
-    device = torch.device("cuda")
+    deadline = time.monotonic() + 60 * arguments.minutes
     say = partial(append, arguments.out)
-    say(heading(hardware()))
-    folder = fetch_embedded()
-    checks = []
-    for check in run_checks(folder, device):
-        checks.append(check)
-        say(check.row())
-    say("\n### SmolLM2-135M, fp32, beside the published procedure\n")
-    for line in run_benchmark("influence.py", "--device", "cuda"):
-        say(line)
-    if arguments.shapes:
-        say("\n### Students with random weights\n")
-        for line in run_benchmark("influence_shapes.py", "--shapes", *arguments.shapes):
-            say(line)
-    raise SystemExit(any(check.good is False for check in checks))
+    say(f"\n## On a GPU\n\n`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}.")
+    failures = []
+    for step in steps(arguments):
+        say(f"\n### {step.title}\n")
+        try:
+            run_step(step, arguments.student, deadline, say)
+        except StepFailed as error:
+            say(f"\n**failed**: {error}")
+            failures.append(f"* {step.title}: {error}")
+    if failures:
+        say("\n### Failed\n\n" + "\n".join(failures))
+        raise SystemExit(1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time for all steps (default: no limit)")
+    parser.add_argument("--out", type=Path, help="Markdown file to append the section to")
+    parser.add_argument("--student", type=Path, help="model folder for the checks (default: the embedded model)")
+    parser.add_argument("--shapes", nargs="+", default=["8b", "1b", "135m"], help="students with random weights")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "mixed"], help="their numbers")
+    parser.add_argument("--estimators", nargs="+", default=["linear", "first_order", "exact"])
+    parser.add_argument("--references", type=int, default=256, help="number of reference examples")
+    parser.add_argument("--allow-cpu", action="store_true", help="also run without a GPU, to test these programs")
+    return parser.parse_args()
+
+
+def steps(arguments: argparse.Namespace) -> list[Step]:
+    """Return the steps, the most wanted first."""
+    wanted, *other_shapes = arguments.shapes
+    first, *other_dtypes = arguments.dtypes
+    references = ("--references", str(arguments.references))
+
+    def students(shapes: list[str], dtypes: list[str]) -> list[Step]:
+        if not shapes or not dtypes:
+            return []
+        options = ("--shapes", *shapes, "--dtypes", *dtypes, "--estimators", *arguments.estimators, *references)
+        title = f"Students with random weights: {', '.join(shapes)} in {', '.join(dtypes)}"
+        return [Step(title, "influence_shapes.py", options)]
+
+    return [
+        Step("Machine", "machine.py"),
+        *students([wanted], [first]),
+        Step("Checks", "gpu_checks.py", on_student=True),
+        *students(other_shapes, [first]),
+        Step("Generation", "generation_speed.py", on_student=True),
+        *(step for shape in arguments.shapes for step in students([shape], other_dtypes)),
+        Step("Beside the published procedure, fp32", "influence.py", references, on_student=True),
+    ]
+
+
+def run_step(step: Step, student: Path | None, deadline: float, say: Callable[[str], None]) -> None:
+    """Run a step and say its lines as it prints them, or say why it does not run or was stopped.
+
+    Args:
+        step: the step.
+        student: model folder; None for the embedded model.
+        deadline: `time.monotonic` at which the step is stopped.
+        say: prints a line.
+
+    Raises:
+        StepFailed: it failed.
+    """
+    if time.monotonic() >= deadline:
+        return say("skipped: no time left")
+    options = list(step.options)
+    if step.on_student:
+        folder = student or embedded_student()
+        if folder is None:
+            return say("not checked: the embedded model is not here and cannot be downloaded; give --student DIR")
+        options += ["--student", str(folder)]
+    command = [sys.executable, "-u", str(Path(__file__).parent / step.script), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        timer = threading.Timer(min(deadline - time.monotonic(), threading.TIMEOUT_MAX), stop, [process])
+        timer.start()
+        for line in process.stdout:
+            say(line.rstrip("\n"))
+        process.wait()
+        timer.cancel()
+    if process.returncode and time.monotonic() >= deadline:
+        return say("\nstopped: no time left")
+    if process.returncode:
+        raise StepFailed(f"{step.script} ended with code {process.returncode}")
+    return None
+
+
+def stop(process: "subprocess.Popen[str]") -> None:
+    """Interrupt a process, so that it ends its jobs and removes its files; kill it if it does not end."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@cache
+def embedded_student() -> Path | None:
+    """Return the folder of the embedded model; None if it cannot be had, with the reason on stderr."""
+    try:
+        return fetch_embedded()
+    except UserError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return None
 
 
 def append(path: Path | None, text: str) -> None:
@@ -145,130 +168,6 @@ def append(path: Path | None, text: str) -> None:
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
-
-
-def run_checks(folder: Path, device: torch.device) -> Iterator[Check]:
-    """Run all checks."""
-    warm = warm_up(folder, device, steps=4, references=8, probing=12)
-    yield from check_influence(warm, device)
-    yield check_sharded_training(folder, torch.cuda.device_count())
-
-
-def warm_up(folder: Path, device: torch.device, steps: int, references: int, probing: int) -> WarmStudent:
-    """Train a student for a few steps on the built-in reference examples."""
-    tokenizer = load_tokenizer(str(folder))
-    tasks = read_tasks(DataSource(path="builtin", limit=steps + references + probing), "reference", with_response=True)
-    examples = [encode_example(tokenizer, task.instruction, task.response, 256) for task in tasks]
-    model = load_model(str(folder), torch.float32).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    losses = TokenLosses(model)
-    for example in examples[:steps]:
-        example_loss(losses, make_batch([(0, example)], device)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    named = dict(model.named_parameters())
-    moments = Moments(
-        {name: optimizer.state[parameter]["exp_avg"].cpu() for name, parameter in named.items()},
-        {name: optimizer.state[parameter]["exp_avg_sq"].cpu() for name, parameter in named.items()},
-        steps,
-    )
-    weights = {name: parameter.detach().cpu() for name, parameter in named.items()}
-    return WarmStudent(folder, weights, moments, examples[steps : steps + references], examples[steps + references :])
-
-
-def check_influence(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
-    """Check that the student is restored, influence is repeatable and equals the CPU's, and first order is near exact."""
-    student = warm.resident(warm.model(device), device)
-    meter = InfluenceMeter(student, ReferenceSet(warm.reference, 1024, device))
-    influence = measure_all(meter, warm.probing)
-    reversed_order = measure_all(meter, warm.probing[::-1])[::-1]
-    changed = [name for name, p in student.parameters.items() if not torch.equal(p.detach().cpu(), warm.weights[name])]
-    yield Check(
-        "the student is bit-identical after all examples",
-        not changed,
-        f"{len(changed)} of {len(warm.weights)} tensors differ after {2 * len(warm.probing)} examples",
-    )
-    fresh = warm.measure(device, warm.probing)
-    same = sum(a == b == c for a, b, c in zip(influence, reversed_order, fresh, strict=True))
-    yield Check(
-        "influence is the same to the last bit in another order and on another worker",
-        same == len(influence),
-        f"{same} of {len(influence)} examples",
-    )
-    spread = max(influence) - min(influence)
-    on_cpu = warm.measure(torch.device("cpu"), warm.probing[:4])
-    yield agreement("the device agrees with the CPU, fp32", influence[:4], on_cpu, spread, 0.01)
-    first_order = warm.measure(device, warm.probing, "first_order")
-    yield agreement("first order agrees with exact", first_order, influence, spread, 0.25)
-    light = warm.measure(device, warm.probing, "first_order", LIGHT)
-    linear = warm.measure_together(device, warm.probing, LIGHT)
-    yield agreement("linear agrees with first order at weight 1/32", linear, light, max(light) - min(light), 0.25)
-
-
-def agreement(name: str, values: list[float], expected: list[float], spread: float, tolerance: float) -> Check:
-    """Check that no value differs from the expected one by more than `tolerance * spread`, and that ranks agree."""
-    error = max(abs(a - b) for a, b in zip(values, expected, strict=True)) / spread
-    ranks = float(spearmanr(values, expected).statistic)
-    return Check(
-        name,
-        error <= tolerance and ranks >= 0.95,
-        f"largest difference {error:.2%} of the spread of influence (at most {tolerance:.0%}), Spearman {ranks:.3f}",
-    )
-
-
-def check_sharded_training(folder: Path, gpus: int) -> Check:
-    """Compare one warm-up epoch on two GPUs with ZeRO-3 with one GPU without it."""
-    name = "ZeRO-3 over two GPUs trains as one GPU does"
-    if gpus < 2:
-        return Check(name, None, f"needs two GPUs, {gpus} here")
-    with tempfile.TemporaryDirectory() as scratch:
-        single, sharded = (train(folder, Path(scratch) / str(processes), processes) for processes in (1, 2))
-    start = load_file(folder / "model.safetensors")
-    largest_change = max(float((single[key] - start[key]).abs().max()) for key in single)
-    error = max(float((single[key] - sharded[key]).abs().max()) for key in single) / largest_change
-    return Check(name, error <= 0.01, f"largest difference {error:.2%} of the largest change of a weight (at most 1%)")
-
-
-def train(folder: Path, scratch: Path, processes: int) -> dict[str, torch.Tensor]:
-    """Return the weights after a warm-up on eight examples."""
-    recipe = Warmup(learning_rate=RATE, batch_size=4, micro_batch_size=2).shared()
-    zero = Zero(stage=3 if processes > 1 else 0)
-    settings = Sft(max_length=256, lora=None, recipe=recipe, zero=zero, seed=0, save_moments=False)
-    tasks = read_tasks(DataSource(path="builtin", limit=8), "reference", with_response=True)
-    rows = [{"instruction": task.instruction, "response": task.response, "response_finished": True} for task in tasks]
-    stage = Stage.of(SFT, settings, scratch, {"student": folder}, {})
-    resources = Resources(processes_per_node=processes, gpus_per_node=processes)
-    (part,) = fan_out(stage, Shards(Rows.of(rows), len(rows)), resources, Cluster())
-    weights: dict[str, torch.Tensor] = load_file(part / "model.safetensors")
-    return weights
-
-
-def run_benchmark(script: str, *options: str) -> Iterator[str]:
-    """Run a program beside this one; yield its lines as it prints them.
-
-    Raises:
-        SystemExit: it failed; what it wrote to stderr is above.
-    """
-    command = [sys.executable, str(Path(__file__).with_name(script)), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield from (line.rstrip("\n") for line in process.stdout)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-
-
-def hardware() -> str:
-    """Return GPUs, CUDA and package versions as text."""
-    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    gpu_text = f"{len(gpus)} x {gpus[0].name} of {gpus[0].total_memory / 2**30:.0f} GiB" if gpus else "no GPU"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "deepspeed"))
-    return f"{gpu_text}, CUDA {torch.version.cuda}, Python {platform.python_version()}, {versions}"
-
-
-def heading(machine: str) -> str:
-    """Return the start of the section, up to the heading of the table of checks."""
-    command = f"`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}: {machine}."
-    return f"\n## On a GPU\n\n{command}\n\n| check | passed | measured |\n|---|---|---|"
 
 
 if __name__ == "__main__":

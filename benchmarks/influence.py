@@ -6,16 +6,19 @@
 *Naive* is the procedure of the authors' public code. For each example it loads the checkpoint and the optimizer state from
 disk, pads everything to 1024 tokens, and computes logits at every position. All procedures use the same student (the embedded
 SmolLM2-135M), moments, probing examples, reference examples and threads. Reference examples are built-in ones, repeated as
-needed: only their lengths matter. --scaling adds the cost for several reference sizes, lengths and model sizes. On a GPU
-(--device cuda) times are taken after synchronisation, and peak memory is printed.
+needed: only their lengths matter. --scaling adds the cost for several reference sizes, lengths and model sizes. All run on
+the GPU, if there is one, in the deterministic mode of jobs. There, times are taken after synchronisation, and the peak memory
+of ours is printed.
 
 --batches instead compares first order in batches of short examples with first order one by one, in which autograd computes
 each gradient, and AdamW's state is read for each example; then the opening of a first and a second worker.
 """
 
 import argparse
+import gc
 import itertools
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from machine import matmul_peak, now, timed
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -35,6 +39,7 @@ from montessori_core.influence.losses import Batch, example_loss, make_batch
 from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.projections import AlongDirections, Direction
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.models.device import compute_device
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.models.shape import Shape
@@ -63,11 +68,11 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="precision of ours"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batches", action="store_true", help="compare first order in batches and one by one")
     parser.add_argument("--scaling", action="store_true", help="also measure how the cost scales")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = compute_device()
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # saving a model imports deepspeed, which warns otherwise
     student = arguments.student or fetch_embedded()
     tokenizer = load_tokenizer(str(student))
     references, probing = (
@@ -79,7 +84,7 @@ def main() -> None:
         return
     references = [references[i % len(references)] for i in range(arguments.references)]
     mean = sum(len(e.input_ids) for e in references) / len(references)
-    peak = matmul_peak(device, torch.float32 if arguments.dtype == "float32" else torch.bfloat16)
+    peak = matmul_peak(device, number_type(arguments.dtype))
     print(  # noqa: T201
         f"{arguments.references} reference examples of {mean:.0f} tokens on average; {torch.get_num_threads()} threads, "
         f"{device}; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s"
@@ -89,6 +94,9 @@ def main() -> None:
         rows: list[tuple[str, float]] = []
         if not arguments.skip_naive:
             rows.append(("naive", measure_naive(folder, probing[0], references, arguments.naive_batch, device)))
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
         seconds_exact, mfu = measure_ours(folder, "exact", references, probing[:2], arguments, device, peak)
         rows.append(("exact", seconds_exact))
         seconds_first, _ = measure_ours(folder, "first_order", references, probing[:8], arguments, device, peak)
@@ -105,27 +113,14 @@ def main() -> None:
             print(f"| {name} | {seconds:.2f} | {ratio} |")  # noqa: T201
         print(f"\nreference pass: {mfu:.0%} of the peak of a large matrix product")  # noqa: T201
     if device.type == "cuda":
-        print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")  # noqa: T201
+        print(f"peak memory of ours on the GPU: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")  # noqa: T201
     if arguments.scaling:
         scaling(device)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large matrix product."""
-    size = 2048 if device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(5))
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def number_type(dtype: str) -> torch.dtype:
+    """Return the type of the weights, which the reference pass has too, for a setting `dtype`."""
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def prepare(folder: Path, student: Path) -> Path:
@@ -141,7 +136,7 @@ def random_moments(model: Any) -> Moments:
     generator = torch.Generator().manual_seed(0)
     first, second = {}, {}
     for name, parameter in model.named_parameters():
-        first[name] = torch.randn(parameter.shape, generator=generator) * 1e-4
+        first[name] = (torch.randn(parameter.shape, generator=generator) * 1e-4).to(parameter.device)
         second[name] = first[name].square() + 1e-12
     return Moments(first, second, 30)
 
@@ -161,7 +156,7 @@ def measure_naive(folder: Path, example: Encoded, references: list[Encoded], bat
 
     def measure() -> None:
         starts = {}
-        starts["load"] = time.perf_counter()
+        starts["load"] = now(device)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
         moments = load_moments(folder)
@@ -171,14 +166,14 @@ def measure_naive(folder: Path, example: Encoded, references: list[Encoded], bat
                 "exp_avg": moments.first[name].to(device),
                 "exp_avg_sq": moments.second[name].to(device),
             }
-        starts["step"] = time.perf_counter()
+        starts["step"] = now(device)
         model(**padded([example])).loss.backward()
         optimizer.step()
-        starts["evaluate"] = time.perf_counter()
+        starts["evaluate"] = now(device)
         with torch.no_grad():
             for start in range(0, len(references), batch):
                 model(**padded(references[start : start + batch]))
-        starts["end"] = time.perf_counter()
+        starts["end"] = now(device)
         names = list(starts)
         seconds = ", ".join(f"{a} {starts[b] - starts[a]:.2f} s" for a, b in itertools.pairwise(names))
         print(f"naive: {seconds}")  # noqa: T201
@@ -196,8 +191,7 @@ def measure_ours(
     peak: float,
 ) -> tuple[float, float]:
     """Return the seconds per example, and the share of the peak FLOP/s that the reference pass reaches."""
-    dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
-    model = load_model(str(folder), dtype)
+    model = load_model(str(folder), number_type(arguments.dtype))
     moments = load_moments(folder)
     reference = ReferenceSet(references, arguments.batch_tokens, device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
@@ -205,9 +199,9 @@ def measure_ours(
     adamw = AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
     mixed = arguments.dtype == "mixed"
     student = ResidentStudent(model.to(device), moments, adamw, device, mixed, plan.placement)
-    started = time.perf_counter()
+    started = now(device)
     meter = InfluenceMeter(student, reference, estimator)
-    print(f"{estimator}: opened in {time.perf_counter() - started:.1f} s, once per worker")  # noqa: T201
+    print(f"{estimator}: opened in {now(device) - started:.1f} s, once per worker")  # noqa: T201
     meter.measure(probing[0])
     seconds = timed(lambda: [meter.measure(example) for example in probing], device) / len(probing)
     reference_pass = timed(lambda: reference.evaluate(student.losses), device)
@@ -234,7 +228,8 @@ class OneByOne:
 
     def project(self, example: Encoded) -> float:
         """Return <direction, step> of the first direction."""
-        tally, totals = GradientTally(), torch.zeros(len(self._directions), dtype=torch.float64)
+        tally = GradientTally()
+        totals = torch.zeros(len(self._directions), dtype=torch.float64, device=self._student.device)
 
         def add(name: str, parameter: torch.Tensor) -> None:
             assert parameter.grad is not None

@@ -3,23 +3,27 @@
     python benchmarks/influence_shapes.py [--shapes 135m 1b 8b] [--estimators linear first_order exact] [--dtypes bfloat16]
 
 The cost does not depend on the values of weights, moments and tokens. *Floor* is the larger of two times: the operations of
-the procedure at the speed of a large matrix product, and its reads of weights and directions or moments at the speed of a
-large copy, both measured in the same run. Each line is printed as soon as it is known.
+the procedure at the speed of large matrix products, and its reads of weights and directions or moments at the speed of a
+large copy, all measured in the same run. It runs on the GPU, if there is one, in the deterministic mode of jobs. Each line is
+printed as soon as it is known.
 """
 
 import argparse
 import gc
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
-from influence import matmul_peak, random_example, timed
-from transformers import LlamaConfig, LlamaForCausalLM
+from influence import number_type, random_example
+from machine import Speed, timed
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.linear import LinearMeter
-from montessori_core.influence.memory import plan_memory
+from montessori_core.influence.memory import MemoryPlan, plan_memory
+from montessori_core.models.device import compute_device
 from montessori_core.models.shape import Shape
 from montessori_core.training.moments import Moments
 
@@ -33,21 +37,6 @@ _LLAMA = {
 _BATCH_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Speed of the device: FLOP/s of a large matrix product, bytes per second of a large copy (read and written)."""
-
-    flops: float
-    bytes: float
-
-    @staticmethod
-    def of(device: torch.device, dtype: torch.dtype) -> "Speed":
-        """Measure both."""
-        source = torch.empty(1 << (28 if device.type == "cuda" else 22), device=device)
-        copy = min(timed(source.clone, device) for _ in range(5))
-        return Speed(matmul_peak(device, dtype), 2 * 4 * source.numel() / copy)
-
-
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,8 +46,9 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=256, help="reference examples, of 135 tokens")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an example")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speeds = {dtype: Speed.of(device, dtype) for dtype in map(number, arguments.dtypes)}
+    device = compute_device()
+    used = {used for dtype in arguments.dtypes for used in (number_type(dtype), multiplied_type(dtype))}
+    speeds = {dtype: Speed.of(device, dtype) for dtype in sorted(used, key=str)}
     for dtype, speed in speeds.items():
         say(f"{dtype}: {speed.flops / 1e12:.2f} TFLOP/s, {speed.bytes / 1e9:.0f} GB/s")
     say(
@@ -69,9 +59,11 @@ def main() -> None:
         for dtype in arguments.dtypes:
             for estimator in arguments.estimators:
                 try:
-                    cells = measure(name, dtype, estimator, arguments, device, speeds[number(dtype)])
+                    cells = measure(name, dtype, estimator, arguments, device, speeds)
                 except torch.OutOfMemoryError:
                     cells = ["out of memory", "", "", ""]
+                except HostMemoryError as error:
+                    cells = [str(error), "", "", ""]
                 say(f"| {name} | {dtype} | {estimator} | {' | '.join(cells)} |")
                 gc.collect()
                 if device.type == "cuda":
@@ -79,8 +71,8 @@ def main() -> None:
                     torch.cuda.reset_peak_memory_stats()
 
 
-def number(dtype: str) -> torch.dtype:
-    """Return the type of the numbers that a setting `dtype` multiplies: of "mixed", bfloat16."""
+def multiplied_type(dtype: str) -> torch.dtype:
+    """Return the type of the numbers that an example's passes multiply: of "mixed", bfloat16."""
     return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
@@ -89,15 +81,32 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
+class HostMemoryError(Exception):
+    """The plan needs more host memory than there is: the system would kill the process."""
+
+
 def measure(
-    name: str, dtype: str, estimator: Any, arguments: argparse.Namespace, device: torch.device, speed: Speed
+    name: str,
+    dtype: str,
+    estimator: Any,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    speeds: Mapping[torch.dtype, Speed],
 ) -> list[str]:
-    """Return seconds to open, seconds per example, the floor and the peak memory."""
-    model = random_model(name, torch.bfloat16 if dtype == "bfloat16" else torch.float32, device)
+    """Return seconds to open, seconds per example, the floor and the peak memory.
+
+    Raises:
+        HostMemoryError: see there.
+        torch.OutOfMemoryError: the device has too little memory.
+    """
+    count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
+    model = random_model(name, number_type(dtype), device)
     shape = Shape.of(model)
     reference = ReferenceSet([random_example(135) for _ in range(arguments.references)], _BATCH_TOKENS, device)
-    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
-    plan = plan_memory(shape, estimator, dtype, arguments.tokens, _BATCH_TOKENS, memory)  # type: ignore[arg-type]
+    # A job of first order measures as many tokens together as its longest example may have.
+    longest = arguments.tokens * (count if estimator == "first_order" else 1)
+    plan = plan_memory(shape, estimator, dtype, longest, _BATCH_TOKENS, device_memory(device))  # type: ignore[arg-type]
+    check_host_memory(plan)
 
     def open_student() -> ResidentStudent:
         adamw = AdamW(5e-6, 0.9, 0.999, 1e-8, 0.0, 31, 1 / 32)
@@ -113,7 +122,6 @@ def measure(
             meter = InfluenceMeter(open_student(), reference, estimator)
 
     opening = timed(open_meter, device)
-    count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
     examples = [random_example(arguments.tokens) for _ in range(count)]
 
     def run() -> None:
@@ -125,23 +133,55 @@ def measure(
     run()
     seconds = min(timed(run, device) for _ in range(2)) / len(examples)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    floor = floor_seconds(shape, estimator, arguments, len(examples), model.dtype.itemsize, speed)
+    speed, reference_speed = speeds[multiplied_type(dtype)], speeds[number_type(dtype)]
+    floor = floor_seconds(shape, estimator, arguments, len(examples), model.dtype.itemsize, speed, reference_speed)
     return [f"{opening:.1f}", f"{seconds:.3f}", f"{floor:.3f}", f"{peak:.1f}"]
 
 
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of the device; of a CPU, no limit."""
+    return torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
+
+
+def check_host_memory(plan: MemoryPlan) -> None:
+    """Check that the host has room for what a plan puts there.
+
+    Raises:
+        HostMemoryError: it has not.
+    """
+    available = psutil.virtual_memory().available
+    if plan.host > available:
+        raise HostMemoryError(f"needs {plan.host / 1e9:.0f} GB of host memory, {available / 1e9:.0f} available")
+
+
 def floor_seconds(
-    shape: Shape, estimator: str, arguments: argparse.Namespace, together: int, width: int, speed: Speed
+    shape: Shape,
+    estimator: str,
+    arguments: argparse.Namespace,
+    together: int,
+    width: int,
+    speed: Speed,
+    reference_speed: Speed,
 ) -> float:
     """Return the seconds that operations or reads take at least, for an example.
 
     Linear: a forward and a backward pass and two directions; first order: the weight gradient, and two directions and moments
     read; exact: both passes and the weight gradient, and a forward pass over the reference set.
+
+    Args:
+        shape: shape of the student.
+        estimator: which of these.
+        arguments: numbers of tokens and reference examples.
+        together: examples that are measured together.
+        width: bytes of a weight.
+        speed: of the passes over the example.
+        reference_speed: of passes over the reference set, which compute in the type of the weights.
     """
     passes, reads = {"linear": (8, 3 / together), "first_order": (6, 5 / together), "exact": (6, 6)}[estimator]
-    flops = passes * shape.parameters * arguments.tokens
+    seconds = passes * shape.parameters * arguments.tokens / speed.flops
     if estimator == "exact":
-        flops += 2 * shape.parameters * 135 * arguments.references
-    return float(max(flops / speed.flops, reads * width * shape.parameters / speed.bytes))
+        seconds += 2 * shape.parameters * 135 * arguments.references / reference_speed.flops
+    return float(max(seconds, reads * width * shape.parameters / speed.bytes))
 
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -155,20 +195,39 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
         num_key_value_heads=keys,
         vocab_size=vocabulary,
         tie_word_embeddings=name == "135m",
-        dtype=dtype,
     )
     with torch.device(device), no_init_weights():
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # the constructor would make it in fp32 first
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
     return model
 
 
+class RandomTensors(Mapping[str, torch.Tensor]):
+    """Random tensors in the shapes of a model's parameters, each made when it is read.
+
+    The student puts each into its home before it reads the next: the device never has all of them.
+    """
+
+    def __init__(self, model: Any, adjust: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """`adjust` makes values of realistic size from normal ones, in the dtype and on the device of the weights."""
+        self._parameters, self._adjust = dict(model.named_parameters()), adjust
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._adjust(torch.randn_like(self._parameters[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
 def random_moments(model: Any) -> Moments:
-    """Return random moments of realistic size, in the dtype and on the device of the weights."""
-    first = {name: torch.randn_like(p).mul_(1e-4) for name, p in model.named_parameters()}
-    return Moments(first, {name: moment.square().add_(1e-12) for name, moment in first.items()}, 30)
+    """Return random moments of realistic size."""
+    first = RandomTensors(model, lambda normal: normal.mul_(1e-4))
+    return Moments(first, RandomTensors(model, lambda normal: normal.square_().mul_(1e-8).add_(1e-12)), 30)
 
 
 if __name__ == "__main__":

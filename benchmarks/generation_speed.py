@@ -1,0 +1,60 @@
+"""Measure the tokens per second of generation, with vLLM if it is installed, else with transformers.
+
+    python benchmarks/generation_speed.py --student DIR [--rows 256] [--tokens 128]
+
+All rows are decoded together, each until the model ends it. *By bandwidth* is how many the reads of the weights would allow:
+every token reads them once for all rows, at the speed of a large copy.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from machine import copy_peak, timed
+
+from montessori_core.config import DataSource, Sampling
+from montessori_core.data.sources import read_tasks
+from montessori_core.models import flops
+from montessori_core.models.load import load_tokenizer
+from montessori_core.models.rendering import render_prompt
+from montessori_core.processor import generation_dtype
+from montessori_core.synthesis.generation import Generated, Request, open_engine
+
+
+def main() -> None:
+    """Measure and print a line."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, required=True, help="model folder")
+    parser.add_argument("--rows", type=int, default=256 if device.type == "cuda" else 16, help="texts to write")
+    parser.add_argument("--tokens", type=int, default=128, help="most tokens of a text")
+    arguments = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is the page
+    tokenizer = load_tokenizer(str(arguments.student))
+    tasks = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    requests = [
+        Request(render_prompt(tokenizer, tasks[row % len(tasks)].instruction), seed=row)
+        for row in range(arguments.rows)
+    ]
+    engine = open_engine("auto", str(arguments.student), tokenizer)
+    sampling = Sampling(presence_penalty=0.0, max_tokens=arguments.tokens)
+    texts: dict[int, Generated] = {}
+
+    def generate() -> None:
+        for step in engine.generate(requests, sampling, None):
+            texts.update(step.finished)
+
+    generate()  # loads the model, compiles
+    seconds = timed(generate, device)
+    tokens, longest = sum(text.tokens for text in texts.values()), max(text.tokens for text in texts.values())
+    print(  # noqa: T201
+        f"{type(engine).__name__}, {arguments.rows} rows, {tokens} tokens: {tokens / seconds:.0f} tokens per second"
+    )
+    width = 2 if device.type == "cuda" else getattr(torch, generation_dtype()).itemsize
+    least = longest * width * flops.weights_of(arguments.student) / copy_peak(device)
+    print(f"by bandwidth: {tokens / least:.0f} tokens per second")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
