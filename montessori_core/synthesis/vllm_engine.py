@@ -24,7 +24,7 @@ from montessori_core.models.fetch import fetch_model, full_model
 from montessori_core.models.positions import positions_of
 from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
-from montessori_core.synthesis.generation import Progress, Request, Step
+from montessori_core.synthesis.engine import Progress, Request, Step
 from montessori_core.synthesis.vllm_copies import ModelCopies, ModelCopy, Work
 from montessori_core.synthesis.vllm_parallelism import ModelSize, choose_length, choose_parallelism
 
