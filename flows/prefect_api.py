@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
 from montessori_core.environment import LOOPBACK
 from montessori_core.errors import UserError
 
@@ -62,6 +60,8 @@ def answers(api: str) -> bool:
 
 def problem_of(api: str) -> str | None:
     """Say why an address cannot be used as Prefect's API; None if it can."""
+    import httpx  # slow, and most commands ask no server
+
     try:
         answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
     except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError) as error:
