@@ -148,7 +148,7 @@ class _Driver:
         self._alive: list[Task] = []
         self._refusals = 0
         self._stopwatch = Stopwatch()
-        self._late = LateResults(self._backend.reason)
+        self._late = LateResults(self._backend.exit_reason)
         self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
@@ -277,7 +277,8 @@ class _Driver:
         if not undone:
             return
         folder = self._ledger.folder / submission.name
-        log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
+        file = log_file(folder, job_id)
+        log_path = str(file if file.exists() else folder)
         first, kind, reason, opening = undone[0], "", "", False
         for index in undone:
             failure = read_record(self._stage.failure_file(index), Failure)
@@ -290,9 +291,9 @@ class _Driver:
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             return
         if not kind:
-            reason = self._backend.reason(job_id)
+            reason = self._backend.exit_reason(job_id)
             kind = classify_loss(reason)
-        self._backend.forget(job_id)
+        self._backend.cancel_lost(job_id)
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         if kind in ("lost", "node_failure", "file_system"):
@@ -334,7 +335,7 @@ class _Driver:
         ]
         if not missing or time.monotonic() < self._next_submission:
             return
-        tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running, self._avoid)
+        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._avoid)
         if not tasks:
             return
         for submission in self._ledger.open_submissions():
@@ -384,7 +385,7 @@ class _Driver:
             job_id, left = running[index]
             node = self._stage.node_of(job_id.split(":")[0])
             avoid = self._avoid | ({node} if node else set())
-            if not self._backend.group(left, self._resources.parallel_jobs - self._running, avoid):
+            if not self._backend.plan_jobs(left, self._resources.parallel_jobs - self._running, avoid):
                 return  # no slot, GPU or held job is free
             log.warning(
                 "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"

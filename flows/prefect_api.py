@@ -16,7 +16,7 @@ from montessori_core.errors import UserError
 
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
-ASK_AGAIN = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
+RETRY_SERVER_ERRORS = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
 """Variables of a process that drives flows on a server whose database may restart: the server answers 500 meanwhile."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
@@ -38,10 +38,10 @@ def check_proxies() -> None:
 
 
 @contextmanager
-def asking_again() -> Iterator[None]:
-    """Have Prefect's client ask again for about a minute while the database of a server restarts.
+def retrying_server_errors() -> Iterator[None]:
+    """Have Prefect's client retry for about a minute while the database of a server restarts.
 
-    Not that of a driver's temporary server: its errors, such as that of a full disk, last.
+    A driver's temporary server is exempt: its errors, such as a full disk, do not pass.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
     from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES as setting
@@ -49,7 +49,7 @@ def asking_again() -> Iterator[None]:
     if PREFECT_API_URL.value() is None:
         yield
         return
-    with temporary_settings(set_defaults={setting: ASK_AGAIN[setting.name]}):
+    with temporary_settings(set_defaults={setting: RETRY_SERVER_ERRORS[setting.name]}):
         yield
 
 

@@ -274,8 +274,8 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
 def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
     """Return the numbers of a method's student for trackers."""
     scores = {f"{row['benchmark']}/{row['metric']}": row["mean"] for row in evaluated.benchmarks.scores}
-    known = {name: mean for name, mean in scores.items() if mean is not None}
-    return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **known}
+    finite = {name: mean for name, mean in scores.items() if mean is not None}
+    return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **finite}
 
 
 def _compare_with_baseline(baseline: str, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:

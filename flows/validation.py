@@ -272,8 +272,8 @@ def _compare(
     everything = shuffled(usable, seed)
     batches = {f"random-{number:05d}": cut_into_batches(members, batch) for number, members in enumerate(subsets)}
     left_out = {f"without-{n:05d}": cut_into_batches(everything, batch, group) for n, group in enumerate(groups)}
-    whole = {"all": cut_into_batches(everything, batch)} if groups else {}
-    losses = trainings.losses("retraining", {"none": [], **batches, **whole, **left_out})
+    all_batches = {"all": cut_into_batches(everything, batch)} if groups else {}
+    losses = trainings.losses("retraining", {"none": [], **batches, **all_batches, **left_out})
     falls = np.array([losses["none"] - losses[name] for name in batches])
     result: dict[str, Any] = {
         "examples": len(usable),

@@ -73,7 +73,7 @@ class AllocationBackend(LocalBackend):
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def plan_jobs(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
         """Cut shards into a job for each place that is free; the other shards wait, for the places that become free."""
         places = self._resources.parallel_jobs
         if self._fit is not None:
@@ -160,13 +160,13 @@ class AllocationBackend(LocalBackend):
             log.warning("srun process %d does not end; killing it", process.pid)
             kill_tree(process)
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         step = self._steps.get(job_id)
         if step is not None and step.returncode == 0:
             return "COMPLETED"  # its results may be visible later, as those of a Slurm job
         message = self._messages.get(job_id)
         lines = message.read_text(errors="replace").strip().splitlines() if message and message.exists() else []
-        return lines[-1] if lines else super().reason(job_id)
+        return lines[-1] if lines else super().exit_reason(job_id)
 
     def _jobs_that_fit(self) -> int | None:
         """Return how many jobs fit into the allocation by its cores and GPUs; None if its size is unknown."""

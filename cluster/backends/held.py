@@ -81,7 +81,7 @@ class HeldBackend(AllocationBackend):
         self._needed: frozenset[str] = frozenset()  # nodes without which too few are left
         self._refused_until = 0.0
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def plan_jobs(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
         """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing.
 
         Held jobs on the nodes `avoid` do not count: they may have started before the driver excluded these nodes.
@@ -113,7 +113,7 @@ class HeldBackend(AllocationBackend):
             ids.append(job_id)
         return ids
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         """Give back the held job of a lost step: its node may be the cause."""
         if (held := self._held_of.pop(job_id, None)) is not None:
             run_command("scancel", "--quiet", self._elements[held])

@@ -60,7 +60,7 @@ class LocalBackend:
         if self.forks_jobs:
             warm_process()
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def plan_jobs(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
         """Distribute shards evenly over the jobs that may still start; a job computes its shards in turn."""
         if self._resources.gpus_per_node:
             free = min(free, len(self._free_gpus()) // self._resources.gpus_per_node)
@@ -151,7 +151,7 @@ class LocalBackend:
             while any(map(_is_running, tree)) and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
         if job_id not in self._seen_running:
             return "the process ended while no driver was running"
@@ -159,7 +159,7 @@ class LocalBackend:
             return f"TIMEOUT: the process was killed after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         pass
 
 

@@ -92,7 +92,7 @@ class SlurmBackend:
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+    def plan_jobs(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
         """Cut shards into the tasks of one array; the scheduler limits how many run at a time."""
         # Submit nothing while the controller is down (restart, failover): sbatch would fail, and end the run.
         if free <= 0 or self._squeue("--me") is None:
@@ -201,7 +201,7 @@ class SlurmBackend:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         run_command("scancel", "--quiet", job_id)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
@@ -225,7 +225,7 @@ class SlurmBackend:
                 return
             time.sleep(0.2)
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         # The controller forgets jobs after minutes; accounting keeps them, but is optional.
         job = f"--jobs={job_id}"
         answer = run_command("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or run_command(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 from flows.cli.console import console
-from flows.prefect_api import asking_again, check_api, check_proxies, problem_of
+from flows.prefect_api import check_api, check_proxies, problem_of, retrying_server_errors
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
@@ -61,7 +61,7 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
     api = _open_api()
     signal.signal(signal.SIGINT, interrupt)
     try:
-        with asking_again():
+        with retrying_server_errors():
             run_flow()
     except BaseException as error:
         if _cause(error, "DriverStopped"):

@@ -8,8 +8,8 @@ from flows.methods.method import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from montessori_core.data.tables import EXAMPLES, UTILITY, read_table
 from montessori_core.influence.preferences import upper_half
+from tasks.signals import measure_training_loss
 from tasks.synthesis import join_examples, synthesize
-from tasks.utility import measure_training_loss
 
 
 def _propose(now: Round) -> Proposal:

@@ -13,8 +13,8 @@ def _propose(now: Round) -> Proposal:
     written = write_conversations(step.at("training", "conversations"), teacher, count - real)
     measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)
     mixed = mix_with_real(step, written.examples, real)
-    own = run.experiment.nomad.training
-    recipe = None if own is None else run.experiment.training.model_copy(update=dict(own))
+    training = run.experiment.nomad.training
+    recipe = None if training is None else run.experiment.training.model_copy(update=dict(training))
     return Proposal(mixed, teacher, recipe=recipe)
 
 

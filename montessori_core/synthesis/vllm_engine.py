@@ -120,10 +120,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: it does not have one.
     """
-    known = [field.name for field in fields(EngineArgs)]
+    names = [field.name for field in fields(EngineArgs)]
     for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise UserError(f"synthesis.engine_options.{name}: vLLM {vllm.__version__} has no such option{hint}")
 

@@ -332,12 +332,12 @@ def _interval(part: InfluenceData, share: str) -> str:
     return share_of(round(value * len(part.values)), len(part.values)) if formatting.is_finite(value) else UNKNOWN
 
 
-def share_of(some: int, examples: int) -> str:
+def share_of(part: int, examples: int) -> str:
     """Write a share of examples with its 95 % interval (Wilson)."""
     if not examples:
         return UNKNOWN
-    low, high = share_interval(some, examples)
-    return f"{formatting.share(some / examples)} ({formatting.share(low)} to {formatting.share(high)})"
+    low, high = share_interval(part, examples)
+    return f"{formatting.share(part / examples)} ({formatting.share(low)} to {formatting.share(high)})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:

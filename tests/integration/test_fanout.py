@@ -633,10 +633,10 @@ def test_local_job_killed_at_its_limit_is_time_limit(monkeypatch: pytest.MonkeyP
     limited, killed, of_earlier_driver = f"1:{now - 61}", f"1:{now - 50}", f"2:{now - 90}"
     monkeypatch.setattr(backend, "running", lambda name, ids: set(ids))
     backend.alive("", [limited, killed])
-    assert classify_loss(backend.reason(limited)) == "time_limit"
-    assert classify_loss(backend.reason(killed)) == "lost"
-    assert "no driver was running" in backend.reason(of_earlier_driver)
-    assert classify_loss(backend.reason(of_earlier_driver)) == "lost"
+    assert classify_loss(backend.exit_reason(limited)) == "time_limit"
+    assert classify_loss(backend.exit_reason(killed)) == "lost"
+    assert "no driver was running" in backend.exit_reason(of_earlier_driver)
+    assert classify_loss(backend.exit_reason(of_earlier_driver)) == "lost"
 
 
 def test_commit_is_atomic(tmp_path: Path) -> None:

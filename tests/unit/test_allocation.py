@@ -44,10 +44,10 @@ def test_run_outside_an_allocation_is_refused(tiny_llama: Path, tmp_path: Path) 
 
 def test_jobs_take_shrinking_portions_of_shards() -> None:
     backend = AllocationBackend(ALLOCATION.slurm, Resources(parallel_jobs=4, shards_per_job=16), None)
-    assert [len(task) for task in backend.group(list(range(64)), 4, frozenset())] == [8] * 4
-    assert [len(task) for task in backend.group(list(range(32)), 1, frozenset())] == [4]
-    assert [len(task) for task in backend.group(list(range(3)), 4, frozenset())] == [1] * 3
-    assert backend.group(list(range(3)), 0, frozenset()) == []
+    assert [len(task) for task in backend.plan_jobs(list(range(64)), 4, frozenset())] == [8] * 4
+    assert [len(task) for task in backend.plan_jobs(list(range(32)), 1, frozenset())] == [4]
+    assert [len(task) for task in backend.plan_jobs(list(range(3)), 4, frozenset())] == [1] * 3
+    assert backend.plan_jobs(list(range(3)), 0, frozenset()) == []
 
 
 @pytest.mark.parametrize(

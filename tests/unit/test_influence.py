@@ -381,9 +381,9 @@ def test_chunked_logits_change_no_loss_or_gradient(
         return cross_entropy(logits, *rest, **options)
 
     monkeypatch.setattr(losses_module.functional, "cross_entropy", watched)
-    pieces, their_gradients = loss_and_gradients()
+    split, their_gradients = loss_and_gradients()
     assert 0 < widest <= limit
-    torch.testing.assert_close(whole, pieces)
+    torch.testing.assert_close(whole, split)
     for one, other in zip(gradients, their_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 

@@ -11,8 +11,8 @@ OTHER_LANGUAGE = "in another language"
 def _open(settings: LanguageFilter, context: Context) -> Reject:
     for language in settings.languages:
         if language not in known_languages():
-            known = ", ".join(sorted(known_languages()))
-            raise ConfigError(f"synthesis.filters: language: languages: no language {language!r}; known are {known}")
+            names = ", ".join(sorted(known_languages()))
+            raise ConfigError(f"synthesis.filters: language: languages: no language {language!r}; known are {names}")
 
     def reject(candidate: Candidate) -> str | None:
         language = language_of(candidate.instruction)
