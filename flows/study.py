@@ -141,9 +141,9 @@ def _refuse_other_inputs(seeded: list[SeedRuns]) -> None:
             if differ:
                 names = ", ".join(sorted({name for name, _ in differ}))
                 raise UserError(
-                    f"{run.folder}: other inputs than {first.run.folder}, which keeps those of its start: {names}. The seeds "
-                    f"of a study have the same. Restore the files of then, and delete {run.folder} if it is there, or give "
-                    "the study another name"
+                    f"{run.folder} has different inputs from {first.run.folder}: {names}. All seeds of a study share the "
+                    f"inputs of its start. Restore the original files and delete {run.folder} if it exists, or give the "
+                    "study another name"
                 )
 
 

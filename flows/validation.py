@@ -264,7 +264,7 @@ class _Trainings:
 def _compare(
     validation: Validation, values: Mapping[str, Floats], usable: Sequence[int], trainings: _Trainings
 ) -> dict[str, Any]:
-    """Train on random subsets, all examples but a group, and tenths; return the scores of all predictors."""
+    """Train on random subsets, all examples but a group, and deciles; return the scores of all predictors."""
     batch, seed = validation.recipe.batch_size, validation.seed
     size = validation.subset_size_of(len(usable))
     subsets = random_subsets(usable, validation.subsets, size, seed)
@@ -283,14 +283,14 @@ def _compare(
     if groups:
         harms = np.array([losses[name] - losses["all"] for name in left_out])
         result["left_out"] = {"size": len(groups[0]), **_agreement(values, groups, harms)}
-    result["tenths"] = _train_on_tenths(validation, values, usable, trainings, losses["none"])
+    result["tenths"] = _train_on_deciles(validation, values, usable, trainings, losses["none"])
     return result
 
 
-def _train_on_tenths(
+def _train_on_deciles(
     validation: Validation, values: Mapping[str, Floats], usable: Sequence[int], trainings: _Trainings, loss: float
 ) -> dict[str, Any]:
-    """Return the fall of the reference loss after a training on the tenths by each predictor; `loss` is before it."""
+    """Return the drop in reference loss after a training on the deciles by each predictor; `loss` is before it."""
     ranked = {name: tenths(usable, column) for name, column in values.items()}
     batches = {
         f"{part} {name}": cut_into_batches(shuffled(members, validation.seed), validation.recipe.batch_size)

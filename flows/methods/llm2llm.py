@@ -24,7 +24,7 @@ def _propose(now: Round) -> Proposal:
     existing = read_table(last, EXAMPLES).num_rows if last else 0
     missing = run.experiment.training.examples * now.number // now.rounds - existing
     training = synthesize(
-        step.at("training", "more of what is hard"),
+        step.at("training", "examples like the hardest seeds"),
         teacher,
         missing,
         draw=f"llm2llm-{now.number}",

@@ -26,7 +26,7 @@ def _training_loss(now: Round, probed: ProbingSet) -> Path:
 
 
 def _demonstration(now: Round, probed: ProbingSet) -> Path:
-    step, examples = now.step.at("utility", "worth as a demonstration"), probed.synthesized.examples
+    step, examples = now.step.at("utility", "value as a demonstration"), probed.synthesized.examples
     return measure_in_context(step, now.run.initial_student(), examples, probed.first, probed.last)
 
 

@@ -195,7 +195,7 @@ def _kinds(instructions: pa.ChunkedArray, classifier: KindClassifier | None) -> 
     """Return the column `kind` of an exported set."""
     if classifier is None or not classifier.usable:
         return pa.nulls(len(instructions), pa.string())
-    kinds = ["wanted" if classifier.is_wanted(instruction) else "other" for instruction in instructions.to_pylist()]
+    kinds = ["wanted" if classifier.is_target(instruction) else "other" for instruction in instructions.to_pylist()]
     return pa.array(kinds, pa.string())
 
 

@@ -275,7 +275,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
         row("examples measured", lambda part: count(len(part.values))),
         row("examples excluded", lambda part: count(part.table.num_rows - len(part.values))),
         row("share that helps (better than the threshold)", lambda part: _interval(part, "share_positive")),
-        row("share that helps, with response length taken out", _helpful_without_length),
+        row("share that helps, adjusted for response length", _helpful_without_length),
         row("variance of influence that response length explains", _explained_by_length),
         row("share better than the student as it is", lambda part: _interval(part, "share_positive_student")),
         row("share better than the null step", lambda part: _interval(part, "share_positive_null_step")),

@@ -277,7 +277,7 @@ def test_summary_names_main_results(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
     for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
         assert text in output
-    (line,) = (line for line in output.splitlines() if "instructions of the wanted kind" in line)
+    (line,) = (line for line in output.splitlines() if "instructions of the target kind" in line)
     assert "not shown: a classifier of words" in line
 
 
@@ -294,8 +294,8 @@ def test_reports_show_share_of_target(undisturbed: Path, tmp_path: Path) -> None
 
     code, output = invoke("report", str(run), cwd=tmp_path)
     assert code == 0, output
-    with (run / "report-data" / "wanted-kind-instructions-of-the-wanted-kind.csv").open() as file:
-        values = [float(row["share of the instructions of the wanted kind"]) for row in csv.DictReader(file)]
+    with (run / "report-data" / "target-kind-instructions-of-the-target-kind.csv").open() as file:
+        values = [float(row["share of the instructions of the target kind"]) for row in csv.DictReader(file)]
     assert values == [share.value for share in shares]
     page = Page((run / "report.html").read_text())
     for table in tables:

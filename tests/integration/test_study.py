@@ -300,7 +300,9 @@ def test_added_seed_needs_data_and_models_of_the_first(tiny_llama: Path, tmp_pat
     open_study(read_study(path, ("seeds=[0]",)), folder)
     before = files[changed].read_text()
     files[changed].write_text(before.replace("[assistant]", "[model]").replace("rivers", "oceans"))
-    with pytest.raises(UserError, match=f"seed-1: other inputs than .*seed-0, .*: {changed}\\. .*Restore the files"):
+    with pytest.raises(
+        UserError, match=f"seed-1 has different inputs from .*seed-0: {changed}\\. .*Restore the original files"
+    ):
         open_study(read_study(path, ("seeds=[0,1]",)), folder)
     files[changed].write_text(before)
     assert len(open_study(read_study(path, ("seeds=[0,1]",)), folder)[0]) == 2
@@ -348,7 +350,7 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert result["kind_classifier"]["objection"] is None
     assert rows["nomad"]["wanted_kind"] >= 0.5  # half of its examples are of the reference set
     assert rows["nomad"]["wanted_kind_low"] < rows["nomad"]["wanted_kind"] <= rows["nomad"]["wanted_kind_high"]
-    assert "wanted kind" in (compared / "output.txt").read_text()
+    assert "target kind" in (compared / "output.txt").read_text()
     page = (compared / "runs" / "tiny-study" / "comparison.html").read_text()
     assert "job seconds of one seed" in page
     assert "floating-point operations of one seed" in page

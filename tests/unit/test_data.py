@@ -47,7 +47,7 @@ def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coding", "maths"])
-def test_half_pool_has_half_wanted_tasks(kind: str) -> None:
+def test_half_pool_has_half_target_tasks(kind: str) -> None:
     pools = {row["id"]: row for name in ("seed_pool", "short_seed_pool") for row in rows(name)}
     tasks = [pools[task.example_id] for task in read_tasks(DataSource(path=f"builtin/half-{kind}"), "seed_pool", False)]
     assert rows(f"half_{kind}_seed_pool") == tasks

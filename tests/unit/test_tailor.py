@@ -1,4 +1,4 @@
-"""The short form: what it sets, what it refuses, and the plan that a run shows first."""
+"""The simple form: what it sets, what it refuses, and the plan that a run shows first."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The filter `language`: an instruction is in a certain language, or too short to tell."""
+"""The filter `language`: an instruction is in a listed language, or too short to classify."""
 
 from montessori_core.config import LanguageFilter
 from montessori_core.data.languages import known_languages, language_of
