@@ -174,7 +174,7 @@ def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeyp
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
 
-def test_status_counts_jobs_of_a_driver_on_another_host(folder: Path) -> None:
+def test_status_counts_jobs_of_a_remote_driver(folder: Path) -> None:
     """Nobody here can ask whether its processes run."""
     made = stage(folder)
     made.write(as_shards(*SHARDS))
@@ -231,7 +231,7 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
         assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
 
 
-def test_job_that_sees_no_gpu_is_lost_before_it_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_without_visible_gpu_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its node has a broken driver. With torch's build for CPUs, which has no GPU to lose, jobs compute."""
     import torch
 
@@ -374,7 +374,7 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("run copied or moved to another path")
-def test_copied_run_leaves_the_jobs_of_the_original_alone(folder: Path) -> None:
+def test_copied_run_leaves_original_jobs_alone(folder: Path) -> None:
     kill_driver_with_jobs(folder)
     copy = replace(stage(folder, 0.15), folder=Path(shutil.copytree(folder / "stage", folder / "copy")))
     assert close_submissions(Ledger(copy.folder / "jobs"), CLUSTER) == 0
@@ -384,7 +384,7 @@ def test_copied_run_leaves_the_jobs_of_the_original_alone(folder: Path) -> None:
     assert len((folder / "opened.txt").read_text().split()) == 4  # two jobs of each
 
 
-def test_moved_run_waits_for_its_jobs_no_longer_than_they_live(folder: Path) -> None:
+def test_moved_run_waits_until_its_jobs_end(folder: Path) -> None:
     kill_driver_with_jobs(folder)
     moved = replace(stage(folder, 0.15), folder=(folder / "stage").rename(folder / "moved"))
     assert len(Ledger(moved.folder / "jobs").open_submissions()) == 1
@@ -627,7 +627,7 @@ def test_local_job_survives_clock_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backend.running("", [job_id]) == set()
 
 
-def test_local_job_killed_at_its_limit_is_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_job_past_its_limit_is_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
     now = seconds_since(0.0)
     limited, killed, of_earlier_driver = f"1:{now - 61}", f"1:{now - 50}", f"2:{now - 90}"

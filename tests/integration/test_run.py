@@ -215,7 +215,7 @@ def test_study_is_resumed_as_a_whole(tmp_path: Path, part: str) -> None:
         assert f"study; resume with: montessori compare {tmp_path / 'study.yaml'}" in " ".join(output.split())
 
 
-def test_run_with_a_relative_model_is_found_from_another_directory(talking_llama: Path, tmp_path: Path) -> None:
+def test_relative_model_is_found_from_another_directory(talking_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(talking_llama, tmp_path / "model")
     config = configuration(tmp_path, Path("model"))
     with chdir(tmp_path):

@@ -113,5 +113,5 @@ def test_steps_are_ended_as_steps_after_profile_changed(tmp_path: Path, monkeypa
     assert ended.exists()
 
 
-def test_local_jobs_are_ended_as_processes_after_profile_changed() -> None:
+def test_local_jobs_end_after_profile_changed() -> None:
     assert not isinstance(backend_at(platform.node(), False, ALLOCATION), AllocationBackend)

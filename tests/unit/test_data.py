@@ -171,7 +171,7 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
         read_tasks(DataSource(path=str(broken)), "reference", with_response=True)
 
 
-def test_full_disk_is_not_taken_for_a_damaged_table(tmp_path: Path) -> None:
+def test_full_disk_is_not_a_damaged_table(tmp_path: Path) -> None:
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table({"a": [1]}), table)
     with pytest.raises(OSError, match="No space left on device"), open_parquet(table):

@@ -153,7 +153,7 @@ def test_exact_influence_equals_explicit_procedure(warm: Any, tiny_llama: Path, 
         assert abs(expected) > 1e-4  # large enough for the comparison above
 
 
-def test_weight_per_token_is_that_of_a_training_batch(warm: Any, tiny_llama: Path) -> None:
+def test_weight_per_token_equals_training_batch_weight(warm: Any, tiny_llama: Path) -> None:
     """An example's gradient in a batch whose loss is the mean over all tokens: its share of the tokens."""
     size, plain = 32, meter(warm, tiny_llama)
     typical = sum(example.response_tokens for example in PROBING) / len(PROBING)
