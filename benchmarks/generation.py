@@ -20,7 +20,7 @@ from montessori_core.data.sources import read_tasks
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.processor import generation_dtype
-from montessori_core.synthesis.generation import Generated, Request
+from montessori_core.synthesis.engine import Generated, Request
 from montessori_core.synthesis.prompts import CLOSE
 from montessori_core.synthesis.strategies.opened import OpenStrategy
 from montessori_core.synthesis.strategies.strategy import Material

@@ -19,7 +19,8 @@ from montessori_core.models import flops
 from montessori_core.models.load import load_tokenizer
 from montessori_core.models.rendering import render_prompt
 from montessori_core.processor import generation_dtype
-from montessori_core.synthesis.generation import Generated, Request, open_engine
+from montessori_core.synthesis.engine import Generated, Request
+from montessori_core.synthesis.generation import open_engine
 
 
 def main() -> None:

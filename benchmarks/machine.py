@@ -41,7 +41,7 @@ def copy_peak(device: torch.device) -> float:
     source, target = torch.zeros(2, 1 << (28 if device.type == "cuda" else 22), device=device)
     # Not a clone: in deterministic mode torch fills a new tensor before the copy.
     seconds = min(timed(lambda: target.copy_(source), device) for _ in range(5))
-    return 2 * source.nbytes / seconds
+    return float(2 * source.nbytes / seconds)
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:

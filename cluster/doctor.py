@@ -125,12 +125,12 @@ def _check_partition(
     """Check that a partition, or several separated by commas, can hold jobs; a `name` of None is the cluster's default."""
     wanted = name.split(",") if name else []
     rows = [row for row in partitions if (row[0].rstrip("*") in wanted if wanted else row[0].endswith("*"))]
-    known = {row[0].rstrip("*") for row in partitions}
-    missing = sorted(set(wanted) - known)
+    names = {row[0].rstrip("*") for row in partitions}
+    missing = sorted(set(wanted) - names)
     if not rows or missing:
         seen = f"no partition {', '.join(missing)}" if missing else "the cluster has no default partition"
         remedy = "set cluster.slurm.partition, or that of the stage in cluster.slurm.stages, to one of them"
-        yield Finding("partition", False, f"{seen}; available: {', '.join(sorted(known))}", remedy)
+        yield Finding("partition", False, f"{seen}; available: {', '.join(sorted(names))}", remedy)
         return
     title = name or rows[0][0].rstrip("*")
     yield Finding("partition", True, f"{title}: {sum(int(row[2]) for row in rows)} nodes")

@@ -148,7 +148,7 @@ class _Driver:
         self._alive: list[Task] = []
         self._refusals = 0
         self._stopwatch = Stopwatch()
-        self._late = LateResults(self._backend.reason)
+        self._late = LateResults(self._backend.exit_reason)
         self._duplicated: set[int] = set()
         self._unwatched: set[str] = set()  # jobs that ended while no driver was running
 
@@ -281,7 +281,8 @@ class _Driver:
         if not undone:
             return
         folder = self._ledger.folder / submission.name
-        log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
+        file = log_file(folder, job_id)
+        log_path = str(file if file.exists() else folder)
         first, kind, reason, opening = undone[0], "", "", False
         for index in undone:
             failure = read_record(self._stage.failure_file(index), Failure)
@@ -296,9 +297,9 @@ class _Driver:
         if not kind and job_id in self._unwatched:
             return  # their host may have crashed, which is neither the fault of a shard nor of a node
         if not kind:
-            reason = self._backend.reason(job_id)
+            reason = self._backend.exit_reason(job_id)
             kind = classify_loss(reason)
-        self._backend.forget(job_id)
+        self._backend.cancel_lost(job_id)
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         if kind in ("lost", "node_failure", "file_system"):
@@ -340,7 +341,7 @@ class _Driver:
         ]
         if not missing or time.monotonic() < self._next_submission:
             return
-        tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running, self._avoid)
+        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._avoid)
         if not tasks:
             return
         # The scheduler may have accepted jobs without our learning of it.
@@ -389,7 +390,7 @@ class _Driver:
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):
             job_id, left = running[index]
             node = self._stage.node_of(job_id.split(":")[0])
-            if not self._backend.group(left, self._resources.parallel_jobs - self._running, self._avoid, node):
+            if not self._backend.plan_jobs(left, self._resources.parallel_jobs - self._running, self._avoid, node):
                 return  # no slot, GPU or held job is free
             log.warning(
                 "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"

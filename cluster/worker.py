@@ -128,7 +128,7 @@ def classify_error(error: Exception) -> str:
         return "disk_full"
     if may_pass(error):
         return "file_system"
-    if type(error).__name__ == "UncompletedJobError" or _is_of_requeueing(error):
+    if type(error).__name__ == "UncompletedJobError" or _is_requeue_failure(error):
         return "time_limit"  # submitit raises it when a job was requeued too often
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")
     if distributed or (
@@ -138,7 +138,7 @@ def classify_error(error: Exception) -> str:
     return "code_error"
 
 
-def _is_of_requeueing(error: Exception) -> bool:
+def _is_requeue_failure(error: Exception) -> bool:
     """Return whether submitit could not requeue this job at its time limit, in the middle of its computation.
 
     A container may have no scontrol, and a controller may be down.

@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
-from flows.prefect_api import ASK_AGAIN, check_api, check_proxies
+from flows.prefect_api import RETRY_SERVER_ERRORS, check_api, check_proxies
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -175,7 +175,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     limit = deployment.get("concurrency_limit")
     variables = dict(deployment.get("job_variables") or {})
     # The worker starts a flow run by python -m, which would import from its working directory first.
-    defaults = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), "PYTHONSAFEPATH": "1", **ASK_AGAIN}
+    defaults = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), "PYTHONSAFEPATH": "1", **RETRY_SERVER_ERRORS}
     variables["env"] = {**defaults, **(variables.get("env") or {})}
     runner_deployment = flow.to_deployment(
         deployment["name"],

@@ -68,8 +68,8 @@ def warn_of_space(folder: Path, needed: int) -> list[str]:
     if free >= needed:
         return []
     return [
-        f"{folder} may need {needed / 1e9:,.1f} GB for models, and {free / 1e9:,.1f} GB are free there: free space, or "
-        "choose another --run-root. If the disk gets full, finished work is kept, and the same command continues"
+        f"{folder}: models may need {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free. Free space, or choose "
+        "another --run-root. If the disk fills up, finished work is kept, and the same command continues"
     ]
 
 

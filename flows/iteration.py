@@ -82,9 +82,9 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         evaluated["untrained"] = evaluate(untrained, run.initial_student())
         if experiment.comparison.unmodified_teacher:
             evaluated["unmodified"] = unmodified_teacher(run, tailored.probed)
-    trajectory = []
+    checkpoints = []
     if experiment.comparison.teacher_checkpoints:
-        trajectory = evaluate_checkpoints(run, number, tailored.teacher, evaluated["student"], pool)
+        checkpoints = evaluate_checkpoints(run, number, tailored.teacher, evaluated["student"], pool)
     write_metrics(
         run,
         number,
@@ -96,7 +96,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
             training_influence,
             {name: evaluation.losses for name, evaluation in evaluated.items()},
         ),
-        trajectory,
+        checkpoints,
         IterationBenchmarks(
             {name: evaluation.benchmarks.scores for name, evaluation in evaluated.items()},
             _compare_with_others(run, number, evaluated),

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
 from montessori_core.environment import LOOPBACK
 from montessori_core.errors import UserError
 
@@ -23,7 +21,7 @@ log = logging.getLogger(__name__)
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
 _PAUSE = 5.0  # seconds between two questions to a server that does not answer
-ASK_AGAIN = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
+RETRY_SERVER_ERRORS = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
 """Variables of a process that drives flows on a server whose database may restart: the server answers 500 meanwhile."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
@@ -45,10 +43,10 @@ def check_proxies() -> None:
 
 
 @contextmanager
-def asking_again() -> Iterator[None]:
-    """Have Prefect's client ask again for about a minute while the database of a server restarts.
+def retrying_server_errors() -> Iterator[None]:
+    """Have Prefect's client retry for about a minute while the database of a server restarts.
 
-    Not that of a driver's temporary server: its errors, such as that of a full disk, last.
+    A driver's temporary server is exempt: its errors, such as a full disk, do not pass.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
     from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES as setting
@@ -56,7 +54,7 @@ def asking_again() -> Iterator[None]:
     if PREFECT_API_URL.value() is None:
         yield
         return
-    with temporary_settings(set_defaults={setting: ASK_AGAIN[setting.name]}):
+    with temporary_settings(set_defaults={setting: RETRY_SERVER_ERRORS[setting.name]}):
         yield
 
 
@@ -67,6 +65,8 @@ def answers(api: str) -> bool:
 
 def problem_of(api: str) -> str | None:
     """Say why an address cannot be used as Prefect's API; None if it can."""
+    import httpx  # slow, and most commands ask no server
+
     try:
         answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
     except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError) as error:
@@ -122,6 +122,8 @@ def wait_for_api(api: str, seconds: float) -> None:
     Raises:
         UserError: see `check_api`.
     """
+    import httpx
+
     deadline, waits = time.monotonic() + seconds, False
     while True:
         try:

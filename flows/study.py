@@ -141,9 +141,9 @@ def _refuse_other_inputs(seeded: list[SeedRuns]) -> None:
             if differ:
                 names = ", ".join(sorted({name for name, _ in differ}))
                 raise UserError(
-                    f"{run.folder}: other inputs than {first.run.folder}, which keeps those of its start: {names}. The seeds "
-                    f"of a study have the same. Restore the files of then, and delete {run.folder} if it is there, or give "
-                    "the study another name"
+                    f"{run.folder} has different inputs from {first.run.folder}: {names}. All seeds of a study share the "
+                    f"inputs of its start. Restore the original files and delete {run.folder} if it exists, or give the "
+                    "study another name"
                 )
 
 
@@ -274,8 +274,8 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
 def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
     """Return the numbers of a method's student for trackers."""
     scores = {f"{row['benchmark']}/{row['metric']}": row["mean"] for row in evaluated.benchmarks.scores}
-    known = {name: mean for name, mean in scores.items() if mean is not None}
-    return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **known}
+    finite = {name: mean for name, mean in scores.items() if mean is not None}
+    return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **finite}
 
 
 def _compare_with_baseline(baseline: str, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:

@@ -1,4 +1,4 @@
-"""The result of a study: gains over the baseline, costs, shares of the wanted kind, and its page."""
+"""The result of a study: gains over the baseline, costs, shares of the target kind, and its page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,13 +117,13 @@ def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOu
 def _add_kind_shares(
     rows: list[dict[str, Any]], study: Study, folder: Path, proposed: dict[str, list[Path]]
 ) -> dict[str, Any]:
-    """Add the share of each method's training examples that are of the wanted kind; return the classifier's accuracy."""
+    """Add the share of each method's training examples that are of the target kind; return the classifier's accuracy."""
     classifier = read_classifier(folder / f"seed-{study.seeds[0]}")  # all seeds have the same sets
     assert classifier is not None
     trained = study.experiment.training.examples
     for row in rows:
         shares = [classifier.share(read_instructions(path)[:trained]) for path in proposed[row["method"]]]
-        share = KindShare(sum(part.wanted for part in shares), sum(part.total for part in shares))
+        share = KindShare(sum(part.target for part in shares), sum(part.total for part in shares))
         low, high = share.interval
         values = (share.value, low, high) if classifier.usable else (None, None, None)
         row |= dict(zip(("wanted_kind", "wanted_kind_low", "wanted_kind_high"), values, strict=True))

@@ -1,4 +1,4 @@
-"""The flow behind the short form: people name models, data, a size and machines; a preset has the other settings."""
+"""The flow behind the simple form: people name models, data, a size and machines; a preset has the other settings."""
 
 import math
 from typing import Any

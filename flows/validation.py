@@ -264,7 +264,7 @@ class _Trainings:
 def _compare(
     validation: Validation, values: Mapping[str, Floats], usable: Sequence[int], trainings: _Trainings
 ) -> dict[str, Any]:
-    """Train on random subsets, all examples but a group, and tenths; return the scores of all predictors."""
+    """Train on random subsets, all examples but a group, and deciles; return the scores of all predictors."""
     batch, seed = validation.recipe.batch_size, validation.seed
     size = validation.subset_size_of(len(usable))
     subsets = random_subsets(usable, validation.subsets, size, seed)
@@ -272,8 +272,8 @@ def _compare(
     everything = shuffled(usable, seed)
     batches = {f"random-{number:05d}": cut_into_batches(members, batch) for number, members in enumerate(subsets)}
     left_out = {f"without-{n:05d}": cut_into_batches(everything, batch, group) for n, group in enumerate(groups)}
-    whole = {"all": cut_into_batches(everything, batch)} if groups else {}
-    losses = trainings.losses("retraining", {"none": [], **batches, **whole, **left_out})
+    all_batches = {"all": cut_into_batches(everything, batch)} if groups else {}
+    losses = trainings.losses("retraining", {"none": [], **batches, **all_batches, **left_out})
     falls = np.array([losses["none"] - losses[name] for name in batches])
     result: dict[str, Any] = {
         "examples": len(usable),
@@ -283,14 +283,14 @@ def _compare(
     if groups:
         harms = np.array([losses[name] - losses["all"] for name in left_out])
         result["left_out"] = {"size": len(groups[0]), **_agreement(values, groups, harms)}
-    result["tenths"] = _train_on_tenths(validation, values, usable, trainings, losses["none"])
+    result["tenths"] = _train_on_deciles(validation, values, usable, trainings, losses["none"])
     return result
 
 
-def _train_on_tenths(
+def _train_on_deciles(
     validation: Validation, values: Mapping[str, Floats], usable: Sequence[int], trainings: _Trainings, loss: float
 ) -> dict[str, Any]:
-    """Return the fall of the reference loss after a training on the tenths by each predictor; `loss` is before it."""
+    """Return the drop in reference loss after a training on the deciles by each predictor; `loss` is before it."""
     ranked = {name: tenths(usable, column) for name, column in values.items()}
     batches = {
         f"{part} {name}": cut_into_batches(shuffled(members, validation.seed), validation.recipe.batch_size)

@@ -120,7 +120,7 @@ def signed_interval(row: dict[str, Any]) -> str:
 
 
 def kind_text(row: dict[str, Any]) -> str:
-    """Write the share of a method's instructions that are of the wanted kind, with its interval; '' if unknown."""
+    """Write the share of a method's instructions that are of the target kind, with its interval; '' if unknown."""
     if row.get("wanted_kind") is None:
         return ""
     value, low, high = (share(row[key]) for key in ("wanted_kind", "wanted_kind_low", "wanted_kind_high"))

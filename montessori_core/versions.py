@@ -53,6 +53,6 @@ def check_versions(extras: Collection[str] = ()) -> None:
     misfits = [text for name, supported in declared(extras).items() if (text := misfit(name, supported))]
     if misfits:
         raise UserError(
-            f"this Python environment does not fit Montessori: {'; '.join(misfits)}. Fix it with pip install '{package}'; "
-            "docs/containers.md lists versions that work together"
+            f"this Python environment is incompatible with Montessori: {'; '.join(misfits)}. Fix it with pip install "
+            f"'{package}'; docs/containers.md lists versions that work together"
         )

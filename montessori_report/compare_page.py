@@ -136,7 +136,7 @@ def _run_label(run: RunData, iteration: IterationData) -> str:
 
 def _interval(dot: Dot) -> str:
     if dot.low == dot.high:
-        return UNKNOWN  # one evaluation example has no standard error
+        return UNKNOWN  # a single evaluation example gives no standard error
     return f"{dot.low:.4f} to {dot.high:.4f}".replace("-", "−")
 
 

@@ -40,7 +40,7 @@ class SynthesisData:
         return None if self.instructions is None else funnel(self.instructions)
 
     def kind_share(self, classifier: KindClassifier | None) -> KindShare | None:
-        """Return the share of instructions of the wanted kind; None without examples or a usable classifier."""
+        """Return the share of instructions of the target kind; None without examples or a usable classifier."""
         if classifier is None or not classifier.usable or self.examples is None:
             return None
         return classifier.share(self.examples["instruction"].to_pylist())
@@ -122,7 +122,7 @@ class RunData:
 
     @cached_property
     def classifier(self) -> KindClassifier | None:
-        """The classifier of the wanted kind, trained on first use; None without the run's copies of its sets."""
+        """The classifier of the target kind, trained on first use; None without the run's copies of its sets."""
         return read_classifier(self.folder)
 
     def setting(self, section: str, name: str, default: Any) -> Any:

@@ -13,8 +13,8 @@ from montessori_report.sections.examples import examples_of, pairs_of, rejection
 from montessori_report.sections.influence import influence_section, influence_unit
 from montessori_report.sections.overview import cards_of, facts_of, judge
 from montessori_report.sections.synthesis import synthesis_section
+from montessori_report.sections.target_kind import target_kind_section, teachers_of
 from montessori_report.sections.training_curves import learning_section
-from montessori_report.sections.wanted_kind import teachers_of, wanted_kind_section
 
 
 def render_report(folder: Path) -> Page:
@@ -27,7 +27,7 @@ def render_report(folder: Path) -> Page:
     unit = influence_unit([run])
     sections = [
         Section("overview", "Overview", template="overview.html.j2"),
-        wanted_kind_section(run),
+        target_kind_section(run),
         Section("teachers", "Instructions before and after", template="teachers.html.j2"),
         synthesis_section(run),
         influence_section(run, unit),

@@ -32,7 +32,7 @@ from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.cost import OPERATIONS
 from montessori_report.sections.learning import learning_section
 from montessori_report.sections.paper import paper_section
-from montessori_report.sections.wanted_kind import accuracy_text, not_shown, share_figure
+from montessori_report.sections.target_kind import accuracy_text, not_shown, share_figure
 
 _CURVE_POINTS = 200
 
@@ -78,7 +78,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         ),
     ]
     if kind := result.get("kind_classifier"):
-        sections.append(_wanted_kind(rows, colours, kind))
+        sections.append(_target_kind(rows, colours, kind))
     if benchmarks := _benchmarks(rows):
         sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
     if (equal := result.get("equal_response_tokens")) and equal["methods"]:
@@ -211,7 +211,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     )
 
 
-def _wanted_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], classifier: dict[str, Any]) -> Section:
+def _target_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], classifier: dict[str, Any]) -> Section:
     """Return the share of each method's examples that are of the kind of the reference set's tasks."""
     dots = [
         Dot(row["method"], row["wanted_kind"], row["wanted_kind_low"], row["wanted_kind_high"], colours[row["method"]])
@@ -219,8 +219,8 @@ def _wanted_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], cla
         if row.get("wanted_kind") is not None
     ]
     figure = share_figure(
-        "Training examples of the wanted kind",
-        "Further to the right, more of the instructions that the student was trained on are of the wanted kind. Intervals "
+        "Training examples of the target kind",
+        "Further to the right, more of the instructions that the student was trained on are of the target kind. Intervals "
         "(Wilson, 95 %) are over the instructions of all seeds.",
         dots,
     )
@@ -228,10 +228,10 @@ def _wanted_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], cla
         classifier["recall"], classifier["false_positives"], classifier["balanced_accuracy"], classifier["others"]
     )
     return Section(
-        "wanted-kind",
-        "Wanted kind",
+        "target-kind",
+        "Target kind",
         [Block([figure])] if dots else [],
-        introduction=f"The wanted kind of task is that of the reference set. A classifier of words {accuracy}."
+        introduction=f"The target kind of task is that of the reference set. A classifier of words {accuracy}."
         if dots
         else "",
         absent=not_shown(classifier["objection"]),
@@ -309,10 +309,10 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
         "Gain": lambda row: formatting.signed(row["gain"]),
         "95 % interval": formatting.signed_interval,
         "Spread over seeds": lambda row: spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
-        "Wanted kind": kind_text,
+        "Target kind": kind_text,
         "Job time": lambda row: formatting.duration(row["job_seconds"]),
         "Operations": lambda row: formatting.significant(float(row["flops"])),
     }
     if not any(map(kind_text, rows)):  # no usable classifier, or a table of another student of the same data
-        del cells["Wanted kind"]
+        del cells["Target kind"]
     return Table(caption, list(cells), [[text_of(row) for text_of in cells.values()] for row in rows])

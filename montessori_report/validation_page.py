@@ -36,15 +36,13 @@ def validation_page(result: dict[str, Any]) -> Page:
                 Block(
                     [
                         _score_figure("Linear datamodeling score", subsets["scores"]),
-                        _outcome_figure(
-                            "Predicted and measured", subsets, "fall of the reference loss, nats per token"
-                        ),
+                        _outcome_figure("Predicted and measured", subsets, "drop in reference loss, nats per token"),
                     ]
                 )
             ],
             introduction=f"The warm student was trained on {len(subsets['measured'])} random subsets of {subsets['size']} of "
             f"{result['examples']} examples. A predictor's score is the rank correlation of its values, summed over a "
-            "subset, and the fall of the reference loss.",
+            "subset, and the drop in reference loss.",
         )
     ]
     if "left_out" in result:
@@ -69,7 +67,7 @@ def validation_page(result: dict[str, Any]) -> Page:
                 f"groups of {left_out['size']}. The other examples stay in their batches.",
             )
         )
-    sections.append(Section("tenths", "Tenths", [Block([_tenths_figure(result["tenths"])])]))
+    sections.append(Section("deciles", "Deciles", [Block([_deciles_figure(result["tenths"])])]))
     facts = [
         ("Student", settings["student"]),
         ("Examples", formatting.count(result["examples"])),
@@ -129,15 +127,15 @@ def _outcome_figure(title: str, part: dict[str, Any], outcome: str) -> Figure:
     )
 
 
-def _tenths_figure(tenths: dict[str, Any]) -> Figure:
-    """Draw what training on the tenths of each predictor does."""
+def _deciles_figure(deciles: dict[str, Any]) -> Figure:
+    """Draw what training on the deciles of each predictor does."""
     return grouped_dot_figure(
         "Training on a tenth of the examples",
-        f"Fall of the reference loss after training on the {tenths['size']} examples of highest, middle and lowest value. If "
+        f"Drop in reference loss after training on the {deciles['size']} examples of highest, middle and lowest value. If "
         "the predictor is good, the top is right of the middle, and the bottom is left of it.",
         {
             row["predictor"]: [Dot.of(part, row[part], None, colour) for part, colour in _COLOURS.items()]
-            for row in tenths["falls"]
+            for row in deciles["falls"]
         },
-        "fall of the reference loss, nats per token",
+        "drop in reference loss, nats per token",
     )

@@ -32,7 +32,7 @@ def changed_settings(experiment: Experiment, config: Path) -> list[str]:
 
 def differences_of_method(before: Experiment, experiment: Experiment) -> list[str]:
     """Return the settings of the method that differ, as `path: before -> after` lines."""
-    then, now = before.method(), experiment.method()
+    then, now = before.identity(), experiment.identity()
     if before.judge is None:
         then["judge"] = now["judge"]  # the judge may be added: nothing has been judged yet
     return differences(then, now)

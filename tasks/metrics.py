@@ -49,9 +49,9 @@ class IterationBenchmarks:
 
 @task(task_run_name="iteration {number}: metrics", cache_policy=NO_CACHE)
 def write_metrics(
-    run: Run, number: int, files: IterationFiles, trajectory: list[Row], benchmarked: IterationBenchmarks
+    run: Run, number: int, files: IterationFiles, checkpoints: list[Row], benchmarked: IterationBenchmarks
 ) -> Path:
-    """Write `metrics.json` of an iteration; `trajectory` has a row per evaluated teacher checkpoint."""
+    """Write `metrics.json` of an iteration; `checkpoints` has a row per evaluated teacher checkpoint."""
     folder = run.iteration(number)
     unmodified = run.folder / layout.UNMODIFIED
     pairs = read_table(files.preferences, PREFERENCES, ["prompt_id"])
@@ -82,7 +82,7 @@ def write_metrics(
             for name, table in files.losses.items()
             if name != "student"
         },
-        "teacher_checkpoints": trajectory,
+        "teacher_checkpoints": checkpoints,
         "scores": [{"model": name, **score} for name, scores in benchmarked.scores.items() for score in scores],
         "head_to_head": benchmarked.head_to_head,
         "contamination": benchmarked.contamination,

@@ -138,10 +138,10 @@ def measure_norm_sim(step: Step, examples: Path) -> Path:
 def _join_norm_sim(step: Step, parts: list[Path]) -> Path:
     table, path = read_table(parts, SIMILARITY), step.folder / "norm-sim.parquet"
     write_table(table, path, SIMILARITY)
-    found = np.quantile(table["norm_sim"].to_numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
+    quantiles = np.quantile(table["norm_sim"].to_numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
     names = ("5 %", "25 %", "median", "75 %", "95 %")
     create_table_artifact(
-        [{"examples": len(table)} | {name: float(value) for name, value in zip(names, found, strict=True)}],
+        [{"examples": len(table)} | {name: float(value) for name, value in zip(names, quantiles, strict=True)}],
         description=f"NormSim - {step.label}: table",
     )
     return path

@@ -151,10 +151,10 @@ class Step:
         complete = program.settings(endpoint=endpoint.identity(), **settings)
         # The file has limits and prices, which do not enter the key: answers do not depend on them.
         shards = _one_shard(program, rows)
-        known = read_json(warnings_file(file)) or []
+        earlier = read_json(warnings_file(file)) or []
         parts = self._compute(program, complete, shards, {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
         for warning in read_json(warnings_file(file)) or []:
-            if warning not in known:
+            if warning not in earlier:
                 warn(self.label, warning)
         return parts
 

@@ -65,8 +65,8 @@ def synthesize(
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
     seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
-    known = read_table(earlier, EXAMPLES, ["instruction"])["instruction"].to_pylist() if earlier else []
-    authors = open_authors(step, teacher, answerer, seeds, pool, known, draw)
+    earlier_instructions = read_table(earlier, EXAMPLES, ["instruction"])["instruction"].to_pylist() if earlier else []
+    authors = open_authors(step, teacher, answerer, seeds, pool, earlier_instructions, draw)
     candidates: list[Row] = []
     examples: list[Row] = []
     prompts_used = 0
@@ -99,7 +99,7 @@ def open_authors(
     answerer: Model | ApiModel | None,
     seeds: Sequence[Task],
     synthetic: Sequence[Task],
-    known: Sequence[str],
+    earlier_instructions: Sequence[str],
     draw: str,
 ) -> Authors:
     """Open the strategy and the filters of a set of examples.
@@ -109,7 +109,7 @@ def open_authors(
         teacher, answerer, draw: see `synthesize`.
         seeds: human-written demonstrations.
         synthetic: tasks of the last iteration.
-        known: instructions that must not be repeated.
+        earlier_instructions: instructions that must not be repeated.
 
     Raises:
         UserError: the strategy cannot ask a teacher behind an API.
@@ -123,7 +123,7 @@ def open_authors(
             f"{step.label}: synthesis.strategy: {strategy.strategy.name} needs a teacher that jobs load; a chat API cannot "
             "begin a user's turn. Choose another strategy or another method"
         )
-    filters = OpenFilters(settings, known, [task.instruction for task in pool])
+    filters = OpenFilters(settings, earlier_instructions, [task.instruction for task in pool])
     return Authors(teacher, answerer or choose_answerer(step, teacher), strategy, filters, draw)
 
 

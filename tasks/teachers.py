@@ -105,11 +105,11 @@ def update_teacher(
     pairs = read_table(preferences, schema)
     experiment = step.experiment
     style = experiment.teacher.prompt_style if answered is None else "chat"
-    known = read_table(answered, EXAMPLES, ["example_id", "response_finished"]) if answered is not None else None
+    responses = read_table(answered, EXAMPLES, ["example_id", "response_finished"]) if answered is not None else None
     for output in ("chosen", "rejected"):
         finished = pa.repeat(True, pairs.num_rows)
-        if known is not None:
-            finished = known["response_finished"].take(pc.index_in(pairs[f"{output}_id"], known["example_id"]))
+        if responses is not None:
+            finished = responses["response_finished"].take(pc.index_in(pairs[f"{output}_id"], responses["example_id"]))
         pairs = pairs.append_column(f"{output}_finished", finished)
     recipe = experiment.teacher_update
     if not lora:

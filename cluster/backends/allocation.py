@@ -75,7 +75,7 @@ class AllocationBackend(LocalBackend):
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(
+    def plan_jobs(
         self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
     ) -> list[Task]:
         """Cut shards into a job for each place that is free; the other shards wait, for the places that become free."""
@@ -175,7 +175,7 @@ class AllocationBackend(LocalBackend):
             log.warning("srun process %d does not end; killing it", process.pid)
             kill_tree(process)
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         messages = self._messages_of(job_id)
         # The last message may be about a process that Slurm killed for the cause in an earlier one.
         for message in messages:
@@ -184,7 +184,7 @@ class AllocationBackend(LocalBackend):
         step = self._steps.get(job_id)
         if step is not None and step.returncode == 0:
             return "COMPLETED"  # its results may be visible later, as those of a Slurm job
-        return messages[-1] if messages else super().reason(job_id)
+        return messages[-1] if messages else super().exit_reason(job_id)
 
     def _messages_of(self, job_id: str) -> list[str]:
         """Return Slurm's messages about a step: slurmstepd's, in the log of the first process, then srun's."""

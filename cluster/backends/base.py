@@ -34,7 +34,7 @@ class Backend(Protocol):
         """Start slow preparations for the first job, without waiting for them."""
         ...
 
-    def group(
+    def plan_jobs(
         self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
     ) -> list[Task]:
         """Cut shards into the tasks to submit now, if `free` more jobs may run outside the nodes `avoid`; the others wait.
@@ -83,11 +83,11 @@ class Backend(Protocol):
         """
         ...
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         """Describe why a job ended without a result."""
         ...
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         """Make sure that a lost job does not run again."""
         ...
 

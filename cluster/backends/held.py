@@ -84,7 +84,7 @@ class HeldBackend(AllocationBackend):
         self._refused_until = 0.0
         self._has_submitted = False
 
-    def group(
+    def plan_jobs(
         self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
     ) -> list[Task]:
         """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing.
@@ -126,20 +126,20 @@ class HeldBackend(AllocationBackend):
         if held and held[0] in self._elements:
             self._held_of[job_id] = held[0]
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         """Describe why a step ended: because its held job did, or by Slurm's messages about the step."""
         held = self._held_of.get(job_id)
         if held is None:
-            return super().reason(job_id)
+            return super().exit_reason(job_id)
         job = f"--jobs={self._elements[held]}"
         # A preempted job runs until its grace time is over, but its steps end at once.
         preempted = (run_command("squeue", "--noheader", job, "--Format=PreemptTime") or "").strip()
         if preempted not in ("", "N/A"):
             return f"Slurm says PREEMPTED at {preempted}"
-        state = self._sbatch.reason(self._elements[held])
-        return super().reason(job_id) if classify_loss(state) == "lost" else state
+        state = self._sbatch.exit_reason(self._elements[held])
+        return super().exit_reason(job_id) if classify_loss(state) == "lost" else state
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         """Give back the held job of a lost step: its node may be the cause."""
         if (held := self._held_of.pop(job_id, None)) is not None:
             run_command("scancel", "--quiet", self._elements[held])

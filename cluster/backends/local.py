@@ -59,7 +59,7 @@ class LocalBackend:
         if self.forks_jobs:
             warm_process()
 
-    def group(
+    def plan_jobs(
         self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
     ) -> list[Task]:
         """Distribute shards evenly over the jobs that may still start; a job computes its shards in turn."""
@@ -146,13 +146,13 @@ class LocalBackend:
         while any(map(_is_running, killed)) and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
         if seconds_since(float(job_id.partition(":")[2])) >= 60 * minutes:
             return f"TIMEOUT: the process was killed after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         pass
 
 

@@ -93,7 +93,7 @@ class SlurmBackend:
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(
+    def plan_jobs(
         self, shards: Sequence[int], free: int, avoid: frozenset[str], slow_node: str | None = None
     ) -> list[Task]:
         """Cut shards into the tasks of one array; the scheduler limits how many run at a time."""
@@ -204,7 +204,7 @@ class SlurmBackend:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
-    def forget(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str) -> None:
         run_command("scancel", "--quiet", job_id)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
@@ -233,7 +233,7 @@ class SlurmBackend:
                 raise JobsRemain(f"{problem}: scancel {' '.join(sorted(arrays))}")
             time.sleep(0.2)
 
-    def reason(self, job_id: str) -> str:
+    def exit_reason(self, job_id: str) -> str:
         # The controller forgets jobs after minutes; accounting keeps them, but is optional.
         job = f"--jobs={job_id}"
         answer = run_command("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or run_command(

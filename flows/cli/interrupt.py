@@ -14,7 +14,7 @@ from cluster.backends.held import end_held_jobs
 from cluster.backends.sbatch import DRIVER_JOB
 from cluster.lock import driven_folder
 from flows.cli.console import console
-from flows.prefect_api import asking_again, check_proxies, problem_of, wait_for_api
+from flows.prefect_api import check_proxies, problem_of, retrying_server_errors, wait_for_api
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
@@ -73,7 +73,7 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
     api = _open_api()
     signal.signal(signal.SIGINT, interrupt)
     try:
-        with asking_again():
+        with retrying_server_errors():
             run_flow()
     except BaseException as error:
         if _cause(error, "DriverStopped"):

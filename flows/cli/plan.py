@@ -53,7 +53,7 @@ def plan(
         _plan_update(teacher, _parse_update(lora, quantization), max_length, gpu_memory)
         return
     if quantization is not None:
-        raise UserError("--quantization is of a --teacher; influence needs all weights of the student")
+        raise UserError("--quantization applies only to --teacher; influence needs all weights of the student")
     assert student is not None
     options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
     influence = parse_options({**options, "screening": {"estimator": screen}})

@@ -14,6 +14,7 @@ from flows.cli.options import data_source, warn
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
+    from montessori_core.selection.choose import Control
     from montessori_core.selection.embeddings import Vectors
     from montessori_core.selection.pools import Pool
 
@@ -104,26 +105,19 @@ def select(
     Of equal scores the earlier row is chosen; rows without a score never are. The file has all columns of the pool and
     `rank`; montessori train reads it.
     """
-    from montessori_core.export.formats import CONVERSATION_FORMATS
-    from montessori_core.selection.choose import Choice, Control, choose, scored_positions
+    from montessori_core.selection.choose import Choice, choose, scored_positions
     from montessori_core.selection.embeddings import CLUSTER, cluster_pool
     from montessori_core.selection.pools import open_pool
     from montessori_core.selection.write import check_output, write_chosen
 
     if [k, share, tokens].count(None) != 2:
         raise UserError("give one of --k, --share and --tokens")
-    controls: dict[str, Control] = {name: name for name in get_args(Control)}
-    if control not in (None, *controls):
-        raise UserError(f"--control {control}: no such control; give one of {', '.join(controls)}")
-    if (embedding_model is None) != (clusters is max_similarity is None):
-        raise UserError(
-            "--max-similarity and --clusters compare embeddings: give --embedding-model with them, and only then"
-        )
     if per is not None and clusters is not None:
         raise UserError("give one of --per and --clusters: the groups that take turns")
+    check_embeddings(embedding_model, max_similarity, clusters)
+    chosen_control = check_control(control)
     check_output(output)
-    if to not in (None, *CONVERSATION_FORMATS):
-        raise UserError(f"--to {to}: no such format; give one of {', '.join(CONVERSATION_FORMATS)}")
+    check_format(to)
     pool = open_pool(scored, data_source(examples, "--examples") if examples else None, form=to)
     scored_rows = scored_positions(pool, by)
     available = len(scored_rows)
@@ -134,7 +128,7 @@ def select(
         if clusters is not None and vectors is not None:
             pool, per = cluster_pool(pool, vectors, scored_rows, clusters), CLUSTER
         choice = Choice(by, rows, tokens, per, max_rouge_l, max_similarity, token_column)
-        chosen = choose(pool, choice, controls[control] if control else None, seed, vectors)
+        chosen = choose(pool, choice, chosen_control, seed, vectors)
     if not chosen:
         raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
     if rows is not None and len(chosen) < rows:
@@ -142,6 +136,44 @@ def select(
         warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
     write_chosen(pool, chosen, output)
     console.print(f"{len(chosen):,} of {available:,} scored rows{_range(pool, chosen, by)}: {output}", soft_wrap=True)
+
+
+def check_embeddings(model: str | None, max_similarity: float | None, clusters: int | None) -> None:
+    """Check that there is a model of embeddings exactly if an option compares them.
+
+    Raises:
+        UserError: the model is missing, or no option uses it.
+    """
+    if (model is None) != (clusters is max_similarity is None):
+        raise UserError(
+            "--max-similarity and --clusters compare embeddings: give --embedding-model with them, and only then"
+        )
+
+
+def check_control(name: str | None) -> "Control | None":
+    """Return the control of --control.
+
+    Raises:
+        UserError: there is no such control.
+    """
+    from montessori_core.selection.choose import Control
+
+    controls: dict[str, Control] = {control: control for control in get_args(Control)}
+    if name not in (None, *controls):
+        raise UserError(f"--control {name}: no such control; give one of {', '.join(controls)}")
+    return controls[name] if name else None
+
+
+def check_format(name: str | None) -> None:
+    """Check the format of --to.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    from montessori_core.export.formats import CONVERSATION_FORMATS
+
+    if name not in (None, *CONVERSATION_FORMATS):
+        raise UserError(f"--to {name}: no such format; give one of {', '.join(CONVERSATION_FORMATS)}")
 
 
 @contextmanager

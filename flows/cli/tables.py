@@ -81,7 +81,7 @@ def print_summary(run: Run) -> None:
             f"{probing['share_positive']:.0%} before the teacher update, {after}",
         )
         if classifier is not None:
-            table.add_row("instructions of the wanted kind", _kind_shares(run, number, classifier))
+            table.add_row("instructions of the target kind", _kind_shares(run, number, classifier))
         titles = {
             "untrained": "held-out loss, untrained student",
             "unmodified": "held-out loss, student of the unmodified teacher",
@@ -161,20 +161,20 @@ def print_comparison(folder: Path) -> None:
                 "gain": gain_text(row),
                 "95 % interval": interval_text(row),
                 "spread over seeds": spread_text(row),
-                "wanted kind": kind_text(row),
+                "target kind": kind_text(row),
                 "job seconds": f"{row['job_seconds']:,.0f}",
                 "FLOPs": f"{row['flops']:.2e}",
             }
             for row in rows
         ]
         # Without a usable classifier, and for another student of the same data, there is no share.
-        columns = [name for name in lines[0] if name != "wanted kind" or any(line[name] for line in lines)]
+        columns = [name for name in lines[0] if name != "target kind" or any(line[name] for line in lines)]
         table = Table(*columns, title=title, title_justify="left")
         for line in lines:
             table.add_row(*(line[name] for name in columns))
         console.print(table)
     if objection := (result.get("kind_classifier") or {}).get("objection"):
-        console.print(f"the share of instructions of the wanted kind is not shown: {objection}", soft_wrap=True)
+        console.print(f"the share of instructions of the target kind is not shown: {objection}", soft_wrap=True)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)
 

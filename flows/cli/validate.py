@@ -101,10 +101,10 @@ def validate(
 
     The influence of each example on the warm student is measured.
     Then the student is trained on random subsets, on all examples but a few,
-    and on the tenths of the highest, middle and lowest influence.
+    and on the deciles of highest, middle and lowest influence.
 
     The score (linear datamodeling score) is the rank correlation between the summed
-    influence of a subset and the fall of the reference loss: 1 is perfect, 0 chance.
+    influence of a subset and the drop in reference loss: 1 is perfect, 0 chance.
     Cheap rivals are scored beside it: the example's loss, its response tokens,
     its gradient's norm and cosine with the reference gradient, BM25.
     If a rival scores as high, it is the better choice for these data.
@@ -185,24 +185,24 @@ def _recipe(learning_rate: float, batch_size: int, epochs: int, warmed_by: Resou
 
 
 def print_validation(result: dict[str, Any]) -> None:
-    """Print the scores of all predictors, and what training on their tenths does."""
+    """Print the scores of all predictors, and what training on their deciles does."""
     console.print(
         f"{result['examples']} examples ({result['examples_left_out']} left out), {result['reference_examples']} reference "
         f"examples; reference loss of the warm student {result['student_loss']:.4f} nats per token",
         soft_wrap=True,
     )
     for key, title in (
-        ("random_subsets", "{} random subsets of {} examples: rank correlation with the fall of the reference loss"),
+        ("random_subsets", "{} random subsets of {} examples: rank correlation with the drop in reference loss"),
         ("left_out", "{} groups of {} examples left out in turn: rank correlation with the loss without them"),
     ):
         if key in result:
             part = result[key]
             console.print("\n" + title.format(len(part["measured"]), part["size"]), soft_wrap=True)
             _print_scores(part["scores"])
-    tenths = result["tenths"]
-    console.print(f"\ntenths ({tenths['size']} examples): fall of the reference loss, nats per token", soft_wrap=True)
-    table = Table("tenths by", "top", "middle", "bottom")
-    for row in tenths["falls"]:
+    deciles = result["tenths"]
+    console.print(f"\ndeciles ({deciles['size']} examples): drop in reference loss, nats per token", soft_wrap=True)
+    table = Table("deciles by", "top", "middle", "bottom")
+    for row in deciles["falls"]:
         table.add_row(row["predictor"], *(f"{row[part]:+.3e}" for part in ("top", "middle", "bottom")))
     console.print(table)
 

@@ -11,8 +11,8 @@ from flows.methods.response import RESPONSE
 from flows.methods.select import SELECT
 from flows.methods.self_instruct import SELF_INSTRUCT, SELF_INSTRUCT_STRONG
 from flows.methods.self_reward import SELF_REWARD
+from flows.methods.signals import ARTE, LLM_JUDGE, TRAINING_LOSS
 from flows.methods.target_seeds import TARGET_SEEDS
-from flows.methods.utility import ARTE, LLM_JUDGE, TRAINING_LOSS
 
 REGISTRY: dict[str, Method] = {
     method.name: method

@@ -8,8 +8,8 @@ from flows.methods.method import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from montessori_core.data.tables import EXAMPLES, UTILITY, read_table
 from montessori_core.influence.preferences import upper_half
+from tasks.signals import measure_training_loss
 from tasks.synthesis import join_examples, synthesize
-from tasks.utility import measure_training_loss
 
 
 def _propose(now: Round) -> Proposal:
@@ -24,7 +24,7 @@ def _propose(now: Round) -> Proposal:
     existing = read_table(last, EXAMPLES).num_rows if last else 0
     missing = run.experiment.training.examples * now.number // now.rounds - existing
     training = synthesize(
-        step.at("training", "more of what is hard"),
+        step.at("training", "examples like the hardest seeds"),
         teacher,
         missing,
         draw=f"llm2llm-{now.number}",

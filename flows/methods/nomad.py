@@ -6,15 +6,15 @@ from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_noma
 
 def _propose(now: Round) -> Proposal:
     run, step = now.run, now.step
-    teacher = train_nomad_teacher(step.at("teacher", "teacher on conversations"))
+    teacher = train_nomad_teacher(step.at("teacher", "teacher training on conversations"))
     count = run.experiment.training.examples
     # The teacher writes at least one, for any share below 1.
     real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))
     written = write_conversations(step.at("training", "conversations"), teacher, count - real)
-    measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)
+    measure_norm_sim(step.at("norm-sim", "similarity to real examples"), written.examples)
     mixed = mix_with_real(step, written.examples, real)
-    own = run.experiment.nomad.training
-    recipe = None if own is None else run.experiment.training.model_copy(update=dict(own))
+    training = run.experiment.nomad.training
+    recipe = None if training is None else run.experiment.training.model_copy(update=dict(training))
     return Proposal(mixed, teacher, recipe=recipe)
 
 

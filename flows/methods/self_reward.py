@@ -14,10 +14,10 @@ from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
 from montessori_core.data.tables import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
 from montessori_core.influence.preferences import best_of_each_prompt
+from tasks.signals import ask_judge, judge_own_responses
 from tasks.stage import Step
 from tasks.synthesis import join_examples, regenerate_responses
 from tasks.teachers import collect_utility_preferences, update_teacher
-from tasks.utility import ask_judge, judge_own_responses
 
 
 def _propose(now: Round) -> Proposal:

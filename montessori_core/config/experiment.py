@@ -141,7 +141,7 @@ class Experiment(Section):
             )
         return self
 
-    def method(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return the settings that determine an iteration's data and models, as plain data.
 
         The name, the cluster, the number of iterations, the benchmarks and the trackers do not.

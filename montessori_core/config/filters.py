@@ -90,7 +90,7 @@ class ScriptFilter(Section):
 
 
 class LanguageFilter(Section):
-    """Rejects instructions in other languages than those of a list. What is too short to tell is kept."""
+    """Rejects instructions in languages not listed. Keeps instructions too short to classify."""
 
     name: Literal["language"] = Field("language", description=_NAME)
     languages: tuple[str, ...] = Field(("en",), description="ISO 639 codes, such as en, de or zh; of 139 languages.")

@@ -125,9 +125,9 @@ def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
             sections = _sections_in(field.annotation)
     if len(sections) != 1:
         return ""
-    known = sections[0].model_fields
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+    fields = sections[0].model_fields
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(fields)})"
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

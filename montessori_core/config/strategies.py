@@ -37,7 +37,7 @@ class EvolveStrategy(Section):
 
 
 class GroundedStrategy(Section):
-    """The teacher writes tasks about passages of your documents; who answers them sees the passage, the student does not."""
+    """Tasks about passages of your documents. The model that answers sees the passage; the student does not."""
 
     name: Literal["grounded"] = Field("grounded", description=_NAME)
     documents: str = Field(

@@ -160,8 +160,8 @@ class Synthesis(Section):
         placeholders = (required, *(["change"] if strategy == "evolve" else []), *_COMMON)
         unknown = [name for name in re.findall(r"\{([^\W\d]\w*)\}", text) if name not in placeholders]
         if unknown:
-            known = ", ".join(f"{{{name}}}" for name in placeholders)
-            raise ValueError(f"there is no placeholder {{{unknown[0]}}}; known: {known}")
+            names = ", ".join(f"{{{name}}}" for name in placeholders)
+            raise ValueError(f"there is no placeholder {{{unknown[0]}}}; known: {names}")
         if f"{{{required}}}" not in text:
             named = "'own', 'paper'" if strategy == "self_instruct" else "'own'"
             raise ValueError(

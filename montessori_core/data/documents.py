@@ -50,13 +50,13 @@ def _find(path: str) -> dict[str, Path]:
     """
     given = Path(path).expanduser()
     if given.is_dir():
-        found = {file.relative_to(given).as_posix(): file for file in given.rglob("*")}
-        found = {name: file for name, file in found.items() if "/." not in f"/{name}"}  # without hidden ones
+        files = {file.relative_to(given).as_posix(): file for file in given.rglob("*")}
+        files = {name: file for name, file in files.items() if "/." not in f"/{name}"}  # without hidden ones
     elif given.exists() or not glob.has_magic(path):
-        found = {given.name: given}
+        files = {given.name: given}
     else:
-        found = {name: Path(name) for name in glob.glob(str(given), recursive=True)}
-    files = {name: file for name, file in sorted(found.items()) if file.suffix.lower() in KINDS and file.is_file()}
+        files = {name: Path(name) for name in glob.glob(str(given), recursive=True)}
+    files = {name: file for name, file in sorted(files.items()) if file.suffix.lower() in KINDS and file.is_file()}
     if not files:
         raise DataError(
             f"synthesis.strategy.documents: {path}: no document there; give a file, folder or glob of {', '.join(KINDS)}"

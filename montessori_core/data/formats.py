@@ -100,8 +100,8 @@ def _alpaca_turns(row: Mapping[str, Any], source: DataSource, where: str, with_r
     options = "instruction_field, input_field or output_field"
     names = (source.instruction_field, source.input_field, source.output_field)
     instruction = _text(_field(row, names[0], where, options), names[0], where)
-    found = _look_up(row, names[1])
-    addition = "" if found is _ABSENT or found is None else _check_text(found, names[1], where)
+    value = _look_up(row, names[1])
+    addition = "" if value is _ABSENT or value is None else _check_text(value, names[1], where)
     turns = [Turn("user", f"{instruction} {addition}".strip(), names[0])]
     if with_response:
         turns.append(Turn("assistant", _text(_field(row, names[2], where, options), names[2], where), names[2]))
@@ -157,10 +157,10 @@ def _turn_list(value: Any, field: str, format: DataFormat, where: str) -> list[T
 def _turn(turn: Any, field: str, format: DataFormat, where: str) -> Turn:
     role_key, text_key = _KEYS[format]
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        found = ", ".join(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__
+        content = ", ".join(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__
         raise RowError(
             where,
-            f"field {field!r}: a turn of the format {format} has {role_key} and {text_key} (found: {found}); set format",
+            f"field {field!r}: a turn of the format {format} has {role_key} and {text_key} (found: {content}); set format",
             f"a turn without {role_key} or {text_key}",
         )
     role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
@@ -237,8 +237,8 @@ def _field(row: Mapping[str, Any], name: str, where: str, option: str) -> Any:
 
 
 def _missing(row: Mapping[str, Any], name: str, where: str, option: str) -> RowError:
-    found = ", ".join(map(str, row))
-    problem = f"field {name!r} is missing (found: {found}); name the column that holds it with {option}"
+    columns = ", ".join(map(str, row))
+    problem = f"field {name!r} is missing (found: {columns}); name the column that holds it with {option}"
     return RowError(where, problem, f"field {name!r} is missing")
 
 

@@ -310,8 +310,8 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     elif path.parts[:1] == ("builtin",) and not kind_of(source.path):
         with as_file(builtin_file(source.path, field)) as builtin:
             yield from jsonl_rows(builtin)
-    elif (found := find_local(path, source.split, field)) is not None:
-        yield from shard_rows(found)
+    elif (files := find_local(path, source.split, field)) is not None:
+        yield from shard_rows(files)
     elif source.path.startswith((".", "~")) and not path.exists():
         raise DataError(f"{field}.path: {source.path}: no such file or folder; correct the path")
     elif source.path.startswith((".", "~")) and not path.is_dir():

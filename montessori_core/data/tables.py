@@ -298,14 +298,14 @@ def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str
     Raises:
         DataError: the name, version, columns, types or null values do not match.
     """
-    name, version, *found = (
+    name, version, *actual = (
         (metadata or {}).get(key, b"?").decode(errors="replace")
         for metadata in (schema.metadata, table.schema.metadata)
         for key in (b"montessori.table", b"montessori.version")
     )
-    if found != [name, version]:
+    if actual != [name, version]:
         raise DataError(
-            f"{source}: expected table {name!r} version {version}, found {found[0]!r} version {found[1]}; it was "
+            f"{source}: expected table {name!r} version {version}, found {actual[0]!r} version {actual[1]}; it was "
             "written by another version or is another table"
         )
     for field in schema if columns is None else map(schema.field, columns):

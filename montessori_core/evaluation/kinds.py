@@ -1,8 +1,8 @@
-"""The share of a teacher's instructions that are of the wanted kind: the kind of the reference set's tasks.
+"""The share of a teacher's instructions that are of the target kind: the kind of the reference set's tasks.
 
 A naive Bayes classifier on words tells the reference set's tasks from the seed pool's, which the teacher is shown. The
-seed pool may have tasks of the wanted kind, too. Seeds that are more likely wanted, to a classifier that has not seen
-them, are left out of the other kinds (one pass of self-training). If half of the seeds are of the kind, that is not enough,
+seed pool may have tasks of the target kind, too. Seeds that a classifier that has not seen them takes for the target kind
+are left out of the other kinds (one pass of self-training). If half of the seeds are of the kind, that is not enough,
 and the built-in seed pool, which has all kinds, stands for the others. The length of a text is no feature, because a
 teacher update can change the length alone.
 """
@@ -28,7 +28,9 @@ LEAST_ACCURACY = 0.75
 """Balanced accuracy below which no share is shown."""
 _MOST_WANTED_SEEDS = 0.75
 """Share above which a classifier against the built-in seed pool knows only the seeds' language or subject."""
-_LEAST_LOG_ODDS = math.log(9)  # a probability of 0.9: noise has little evidence either way, and is not wanted
+_LEAST_LOG_ODDS = math.log(
+    9
+)  # a probability of 0.9: noise has little evidence either way, and does not count as target
 _SMOOTHING = 0.3  # added to each count
 _FOLDS = 8
 _MOST_TASKS = 2000  # of each set: more change little, and a seed pool may have 52,000
@@ -41,13 +43,13 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class KindClassifier:
-    """Decides whether a text is a task of the wanted kind.
+    """Decides whether a text is a task of the target kind.
 
     Attributes:
-        weights: log odds of the wanted kind by feature; other features have 0.
-        recall: share of the reference tasks that are called wanted, cross-validated.
-        false_positives: share of the other tasks that are called wanted, cross-validated. Those that are of the wanted kind
-            count, so a seed pool with many of them makes the classifier look worse than it is.
+        weights: log odds of the target kind by feature; other features have 0.
+        recall: share of the reference tasks that are recognised, cross-validated.
+        false_positives: share of the other tasks that are taken for the target kind, cross-validated. Those that are of
+            it count, so a seed pool with many of them makes the classifier look worse than it is.
         others: what the other tasks are, in words.
     """
 
@@ -75,31 +77,31 @@ class KindClassifier:
             "task, those of the seed pool, or too few examples"
         )
 
-    def is_wanted(self, text: str) -> bool:
-        """Return whether a text is of the wanted kind with a probability of at least 0.9, from even odds."""
+    def is_target(self, text: str) -> bool:
+        """Return whether a text is of the target kind with a probability of at least 0.9, from even odds."""
         return sum(self.weights.get(feature, 0.0) for feature in features_of(text)) >= _LEAST_LOG_ODDS
 
     def share(self, texts: Sequence[str]) -> "KindShare":
-        """Return the share of texts that are of the wanted kind."""
-        return KindShare(sum(map(self.is_wanted, texts)), len(texts))
+        """Return the share of texts that are of the target kind."""
+        return KindShare(sum(map(self.is_target, texts)), len(texts))
 
 
 @dataclass(frozen=True)
 class KindShare:
-    """A number of wanted texts among `total`."""
+    """A number of texts of the target kind among `total`."""
 
-    wanted: int
+    target: int
     total: int
 
     @property
     def value(self) -> float | None:
         """The share; None without texts."""
-        return self.wanted / self.total if self.total else None
+        return self.target / self.total if self.total else None
 
     @cached_property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the share (Wilson); it does not include errors of the classifier."""
-        return share_interval(self.wanted, self.total) if self.total else (0.0, 1.0)
+        return share_interval(self.target, self.total) if self.total else (0.0, 1.0)
 
 
 def features_of(text: str) -> list[str]:
@@ -112,22 +114,22 @@ def features_of(text: str) -> list[str]:
     return list(dict.fromkeys([*words, *pairs, f"numbers: {min(words.count('0'), _MOST_NUMBERS)}"]))
 
 
-def train_classifier(wanted: Sequence[str], other: Sequence[str]) -> KindClassifier:
+def train_classifier(target: Sequence[str], other: Sequence[str]) -> KindClassifier:
     """Train a classifier and measure its accuracy by cross-validation in eight folds.
 
     Args:
-        wanted: tasks of the wanted kind, at least one.
+        target: tasks of the target kind, at least one.
         other: tasks of all kinds, at least one.
     """
-    wanted, other = wanted[:_MOST_TASKS], other[:_MOST_TASKS]
-    tasks = _Tasks([*wanted, *other], len(wanted))
-    everything = np.ones(len(tasks.wanted), dtype=np.bool_)
+    target, other = target[:_MOST_TASKS], other[:_MOST_TASKS]
+    tasks = _Tasks([*target, *other], len(target))
+    everything = np.ones(len(tasks.target), dtype=np.bool_)
     called = _cross_validate(tasks, everything, _self_train) >= _LEAST_LOG_ODDS
     weights = _self_train(tasks, everything)
     return KindClassifier(
         weights=dict(zip(tasks.vocabulary, weights.tolist(), strict=True)),
-        recall=float(called[tasks.wanted].mean()),
-        false_positives=float(called[~tasks.wanted].mean()),
+        recall=float(called[tasks.target].mean()),
+        false_positives=float(called[~tasks.target].mean()),
     )
 
 
@@ -147,7 +149,7 @@ def choose_classifier(reference: Sequence[str], seeds: Sequence[str]) -> KindCla
     """Return the more accurate of two classifiers: against the seeds, and against the built-in seed pool.
 
     Args:
-        reference: tasks of the wanted kind.
+        reference: tasks of the target kind.
         seeds: the seed pool's tasks.
     """
     against_seeds = train_classifier(reference, seeds)
@@ -169,15 +171,15 @@ def read_instructions(examples: Path) -> list[str]:
 
 
 class _Tasks:
-    """Tasks as pairs of a task's index and a feature's index; the first `wanted` tasks are of the wanted kind."""
+    """Tasks as pairs of a task's index and a feature's index; the first `target` tasks are of the target kind."""
 
-    def __init__(self, texts: Sequence[str], wanted: int) -> None:
+    def __init__(self, texts: Sequence[str], target: int) -> None:
         self.vocabulary: dict[str, int] = {}
         features = [
             [self.vocabulary.setdefault(feature, len(self.vocabulary)) for feature in features_of(text)]
             for text in texts
         ]
-        self.wanted: Mask = np.arange(len(texts)) < wanted
+        self.target: Mask = np.arange(len(texts)) < target
         self._task = np.repeat(np.arange(len(texts)), [len(indices) for indices in features])
         self._feature = np.array([index for indices in features for index in indices], dtype=np.intp)
 
@@ -187,35 +189,35 @@ class _Tasks:
 
     def log_odds(self, weights: Reals) -> Reals:
         """Return the sum of the weights of each task's features: [tasks]."""
-        return np.bincount(self._task, weights[self._feature], len(self.wanted)).astype(np.float64)
+        return np.bincount(self._task, weights[self._feature], len(self.target)).astype(np.float64)
 
 
 def _train(tasks: _Tasks, used: Mask) -> Reals:
     """Return [features] weights of multinomial naive Bayes with equal priors; features that no used task has get 0.
 
-    The counts of the other kinds are scaled to the number of wanted tasks. Otherwise the smoothing favours the larger
-    set: a classifier of 24 reference tasks and 240 seeds hardly calls anything wanted.
+    The counts of the other kinds are scaled to the number of tasks of the target kind. Otherwise the smoothing favours the
+    larger set: a classifier of 24 reference tasks and 240 seeds hardly finds any task of the target kind.
     """
-    of_wanted, of_other = used & tasks.wanted, used & ~tasks.wanted
-    wanted = tasks.counts(of_wanted)
-    other = tasks.counts(of_other) * (max(1, of_wanted.sum()) / max(1, of_other.sum()))
-    seen = wanted + other > 0
+    of_target, of_other = used & tasks.target, used & ~tasks.target
+    target = tasks.counts(of_target)
+    other = tasks.counts(of_other) * (max(1, of_target.sum()) / max(1, of_other.sum()))
+    seen = target + other > 0
     smoothing = _SMOOTHING * max(1, seen.sum())
-    log_shares = [np.log(count + _SMOOTHING) - np.log(count.sum() + smoothing) for count in (wanted, other)]
+    log_shares = [np.log(count + _SMOOTHING) - np.log(count.sum() + smoothing) for count in (target, other)]
     return np.where(seen, log_shares[0] - log_shares[1], 0.0)
 
 
 def _self_train(tasks: _Tasks, used: Mask) -> Reals:
-    """Train without the tasks of other kinds that are more likely wanted to a classifier that has not seen them."""
+    """Train without the other tasks that a classifier that has not seen them takes for the target kind."""
     likely = _cross_validate(tasks, used, _train) > 0
-    return _train(tasks, used & (tasks.wanted | ~likely))
+    return _train(tasks, used & (tasks.target | ~likely))
 
 
 def _cross_validate(tasks: _Tasks, used: Mask, train: Callable[[_Tasks, Mask], Reals]) -> Reals:
     """Return the log odds of each used task by a classifier that has not seen it: [tasks]; 0 for the others."""
     log_odds = np.zeros(len(used))
     fold = np.zeros(len(used), dtype=np.intp)
-    for of_kind in (used & tasks.wanted, used & ~tasks.wanted):
+    for of_kind in (used & tasks.target, used & ~tasks.target):
         fold[of_kind] = np.arange(of_kind.sum()) % _FOLDS
     for number in range(_FOLDS):
         left_out = used & (fold == number)

@@ -102,10 +102,10 @@ class _RemoteFolder:
         """Return the size in bytes of each file that is there, the lists excepted."""
         self._system.invalidate_cache()
         try:
-            found = self._system.find(self._path, detail=True)
+            entries = self._system.find(self._path, detail=True)
         except FileNotFoundError:
             return {}
-        sizes = {name.removeprefix(self._path).lstrip("/"): entry["size"] for name, entry in found.items()}
+        sizes = {name.removeprefix(self._path).lstrip("/"): entry["size"] for name, entry in entries.items()}
         return {name: size for name, size in sizes.items() if name not in (FILES, _UNFINISHED)}
 
     def read_list(self) -> tuple[Files, bool]:

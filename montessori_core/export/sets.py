@@ -195,8 +195,8 @@ def _kinds(instructions: pa.ChunkedArray, classifier: KindClassifier | None) -> 
     """Return the column `kind` of an exported set."""
     if classifier is None or not classifier.usable:
         return pa.nulls(len(instructions), pa.string())
-    wanted = map(classifier.is_wanted, instructions.to_pylist())
-    return pa.array(["wanted" if one else "other" for one in wanted], pa.string())
+    kinds = ["wanted" if classifier.is_target(instruction) else "other" for instruction in instructions.to_pylist()]
+    return pa.array(kinds, pa.string())
 
 
 def _training(folder: Path) -> Iterator[pa.Table]:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.stats import binomtest, spearmanr
 
 from montessori_core.config import Screening
 from montessori_core.data.rows import Positions
@@ -55,6 +54,8 @@ class Agreement:
         """Return the agreement of signs, given whether each agrees."""
         if not len(agreeing):
             return Agreement(math.nan, 0.0, 1.0, 0)
+        from scipy.stats import binomtest  # takes half a second to import
+
         test = binomtest(int(agreeing.sum()), len(agreeing))
         interval = test.proportion_ci(method="exact")
         return Agreement(float(test.statistic), float(interval.low), float(interval.high), len(agreeing))
@@ -134,6 +135,8 @@ def calibrate(
     Returns:
         The report; no example is confirmed yet.
     """
+    from scipy.stats import spearmanr
+
     estimated, exact = estimates["influence_student"].to_numpy()[audit], audited["influence_student"].to_numpy()
     finite = np.isfinite(exact)
     calibrating = np.arange(len(audit)) % 2 == 0

@@ -2,7 +2,7 @@
 
 A predictor gives each example a value; its prediction for a subset is the sum of the values. The *linear datamodeling
 score* (Park et al., "TRAK", ICML 2023) is Spearman's rank correlation, over random subsets of one size, of the prediction
-and the fall of the reference loss in a training on the subset. Subsets are lists of the positions of their examples.
+and the drop in reference loss in a training on the subset. Subsets are lists of the positions of their examples.
 """
 
 import math
@@ -65,7 +65,7 @@ def left_out_groups(positions: Sequence[int], count: int, seed: int) -> list[lis
 
 
 def tenths(positions: Sequence[int], values: Floats) -> dict[str, list[int]]:
-    """Return the tenths TENTHS of the examples, ranked by value; of equal values the first example is higher.
+    """Return the deciles TENTHS of the examples, ranked by value; of equal values the first example is higher.
 
     Args:
         positions: positions of the examples.

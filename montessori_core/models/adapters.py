@@ -48,11 +48,11 @@ def check_adapter(folder: Path, lora: Lora | None, setting: str) -> None:
     """
     if lora is None or not is_adapter(folder):
         return
-    found = _settings(folder)
-    if (found["r"], found["lora_alpha"]) != (lora.rank, lora.alpha):
+    existing = _settings(folder)
+    if (existing["r"], existing["lora_alpha"]) != (lora.rank, lora.alpha):
         raise UserError(
             f"{setting}: rank {lora.rank}, alpha {lora.alpha}, but training continues the adapter in {folder}, which has "
-            f"rank {found['r']}, alpha {found['lora_alpha']}; set {setting} to these, or to null"
+            f"rank {existing['r']}, alpha {existing['lora_alpha']}; set {setting} to these, or to null"
         )
 
 

@@ -15,8 +15,8 @@ def positions_of(folder: Path) -> int | None:
     if not isinstance(config, dict):
         return None
     config = config.get("text_config") or config
-    found = (config.get(name) for name in _NAMES)
-    return next((count for count in found if isinstance(count, int) and count > 0), None)
+    counts = (config.get(name) for name in _NAMES)
+    return next((count for count in counts if isinstance(count, int) and count > 0), None)
 
 
 def long_prompt_error(tokens: int, limit: str, remedy: str) -> UserError:

@@ -118,10 +118,10 @@ def _own_template(folder: Path) -> str:
     """Return the chat template in a model's folder; an empty text if there is none."""
     if (folder / TEMPLATE).exists():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
-    found = (read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
-    if isinstance(found, list):  # named templates
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    return str(found or "")
+    template = (read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(template, list):  # named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return str(template or "")
 
 
 def with_template(folder: Path, template: str, target: Path) -> Path:

@@ -65,8 +65,8 @@ def _check_layers(folder: Path, names: Collection[str]) -> None:
     # Of several stacks, such as a text and a vision model, it is unknown which has `count` layers.
     if len(numbers) != 1 or not isinstance(count, int):
         return
-    [(stack, found)] = numbers.items()
-    if missing := sorted(set(range(count)) - found):
+    [(stack, layers)] = numbers.items()
+    if missing := sorted(set(range(count)) - layers):
         raise UserError(
             f"{folder}: config.json has {count} layers, and {len(missing)} of them have no weights: "
             f"{first_names([f'{stack}.{number}' for number in missing])}; they would be random. Copy the model again"

@@ -17,7 +17,8 @@ from montessori_core.models.load import load_tokenizer
 from montessori_core.models.rendering import render_conversation, render_prompt, render_user_beginning, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
-from montessori_core.synthesis.generation import Generated, Request, Step, open_engine
+from montessori_core.synthesis.engine import Generated, Request, Step
+from montessori_core.synthesis.generation import open_engine
 from montessori_core.synthesis.nomad import ASSISTANT
 from montessori_core.synthesis.prompts import CLOSE
 

@@ -21,7 +21,7 @@ from montessori_core.models.positions import long_prompt_error
 from montessori_core.models.prefix import common_prefix
 from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
-from montessori_core.synthesis.generation import Generated, Progress, Request, Step
+from montessori_core.synthesis.engine import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, Reading, RowCache, cache_parameter, find_reading
 from montessori_core.synthesis.sampler import SeededSampler
 

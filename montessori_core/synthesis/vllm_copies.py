@@ -17,7 +17,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from montessori_core.errors import UserError
-from montessori_core.synthesis.generation import Generated
+from montessori_core.synthesis.engine import Generated
 from montessori_core.synthesis.vllm_parallelism import Parallelism
 
 _CLOSING_SECONDS = 30.0

@@ -24,7 +24,7 @@ from montessori_core.models.fetch import fetch_model, full_model
 from montessori_core.models.positions import positions_of
 from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
-from montessori_core.synthesis.generation import Progress, Request, Step
+from montessori_core.synthesis.engine import Progress, Request, Step
 from montessori_core.synthesis.vllm_copies import ModelCopies, ModelCopy, Work
 from montessori_core.synthesis.vllm_parallelism import ModelSize, choose_length, choose_parallelism
 
@@ -120,10 +120,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: it does not have one.
     """
-    known = [field.name for field in fields(EngineArgs)]
+    names = [field.name for field in fields(EngineArgs)]
     for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise UserError(f"synthesis.engine_options.{name}: vLLM {vllm.__version__} has no such option{hint}")
 

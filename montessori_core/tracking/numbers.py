@@ -46,11 +46,11 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    own = f"iteration-{metrics['iteration']}/"
+    prefix = f"iteration-{metrics['iteration']}/"
     for stage in metrics.get("stages", []):  # older versions have fewer sections
         # Stages of the whole run are among those of each iteration.
-        if stage["stage"].startswith(own) or metrics["iteration"] == 1:
-            yield f"seconds/{stage['stage'].removeprefix(own)}", stage["seconds"]
+        if stage["stage"].startswith(prefix) or metrics["iteration"] == 1:
+            yield f"seconds/{stage['stage'].removeprefix(prefix)}", stage["seconds"]
     for section in ("synthesis", "influence"):
         for name, values in metrics.get(section, {}).items():
             yield from ((f"{section}/{name}/{key}", value) for key, value in values.items())

@@ -105,9 +105,9 @@ def mlflow_run(run: TrackedRun) -> str:
     """Return the id of a run on MLflow's server, which is created once."""
     from mlflow import MlflowClient
 
-    known: str | None = run.read_state("mlflow").get("run")
-    if known is not None:
-        return known
+    run_id: str | None = run.read_state("mlflow").get("run")
+    if run_id is not None:
+        return run_id
     client = MlflowClient(mlflow_server(run))
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     experiment = client.get_experiment_by_name(name)

@@ -63,10 +63,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         tokenizer = load_tokenizer(model_path)
         pairs = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
-        end = tokenizer.eos_token_id
-        pairs_and_padding = (
-            pairs + [{"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}] * TeacherTrainer.padding
-        )
+        pairs_and_padding = pairs + [_empty_pair(tokenizer)] * TeacherTrainer.padding
         progress = ProgressCallback(report, recipe, len(pairs_and_padding) if recipe.precomputes_reference else 0)
         teacher, adapter = load_model(model_path, torch.float32, recipe.quantization), None
         if recipe.lora is not None and not is_adapter(Path(model_path)):
@@ -118,6 +115,12 @@ def _encode(tokenizer: Any, rows: list[PairRow], settings: programs.Dpo) -> list
             f"(the shortest has {min(map(pair_length, pairs))}); raise it"
         )
     return fitting
+
+
+def _empty_pair(tokenizer: Any) -> dict[str, list[int]]:
+    """Return a pair without outputs, for padding."""
+    end = tokenizer.eos_token_id
+    return {"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}
 
 
 @contextmanager

@@ -41,12 +41,12 @@ def plan_update(
         pair_tokens: tokens of a micro-batch of pairs; a prompt counts once.
         quantization: see `TeacherUpdate.quantization`; embeddings and the output layer keep bf16.
     """
-    whole = 2 * shape.vocabulary * shape.hidden if quantization else shape.parameters
-    in_four_bits = max(0, shape.parameters - whole)
+    in_bf16 = 2 * shape.vocabulary * shape.hidden if quantization else shape.parameters
+    in_four_bits = max(0, shape.parameters - in_bf16)
     inputs_of_layers = shape.layers * shape.hidden
     logits = 4 * min(pair_tokens, _SCORED) * min(shape.vocabulary, _VOCABULARY)
     return UpdateMemory(
-        weights=(2 * whole + int(_NF4 * in_four_bits)) // (processes if stage == 3 else 1),
+        weights=(2 * in_bf16 + int(_NF4 * in_four_bits)) // (processes if stage == 3 else 1),
         gradients=2 * shape.trained // (processes if stage >= 2 else 1) + 4 * shape.trained // processes,
         optimizer=12 * shape.trained // processes,
         activations=2 * pair_tokens * (inputs_of_layers + 2 * shape.kept_per_layer) + 2 * logits,

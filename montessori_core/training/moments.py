@@ -104,7 +104,7 @@ def load_moments(folder: Path) -> Moments:
     path = folder / MOMENTS_FILE
     if not path.exists():
         raise DataError(
-            f"{path}: not found, so that the folder is not a warmed-up student; give the folder of a student that a run "
+            f"{path}: not found: this folder is not a warmed-up student; give the folder of a student that a run "
             "trained with its AdamW moments, such as iteration-1/warmup/part-00000"
         )
     first: dict[str, torch.Tensor] = {}

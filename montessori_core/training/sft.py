@@ -53,9 +53,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
         usable = _encode(tokenizer, rows, settings)
         examples = _within(settings.response_tokens, usable, recipe.batch_size)
         StudentTrainer.padding = padding_rows(len(examples), recipe)
-        end = tokenizer.eos_token_id
-        # TRL drops rows without a label. The label of a first token carries no loss: no position predicts it.
-        padded = [*examples, *[Encoded([end, end], [end, IGNORED], False)] * StudentTrainer.padding]
+        padded = examples + [_empty_example(tokenizer)] * StudentTrainer.padding
         data = Dataset.from_dict(
             {"input_ids": [example.input_ids for example in padded], "labels": [example.labels for example in padded]}
         )
@@ -109,6 +107,15 @@ def _encode(tokenizer: Any, rows: list[TrainingRow], settings: programs.Sft) -> 
     if not usable:
         raise DataError("no training example has a response within student.max_length tokens; raise max_length")
     return usable
+
+
+def _empty_example(tokenizer: Any) -> Encoded:
+    """Return an example without loss, for padding.
+
+    TRL drops rows without a label. The label of a first token carries no loss: no position predicts it.
+    """
+    end = tokenizer.eos_token_id
+    return Encoded([end, end], [end, IGNORED], False)
 
 
 def _within(response_tokens: int | None, examples: list[Encoded], batch_size: int) -> list[Encoded]:

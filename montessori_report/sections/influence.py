@@ -275,7 +275,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
         row("examples measured", lambda part: count(len(part.values))),
         row("examples excluded", lambda part: count(part.table.num_rows - len(part.values))),
         row("share that helps (better than the threshold)", lambda part: _interval(part, "share_positive")),
-        row("share that helps, with response length taken out", _helpful_without_length),
+        row("share that helps, adjusted for response length", _helpful_without_length),
         row("variance of influence that response length explains", _explained_by_length),
         row("share better than the student as it is", lambda part: _interval(part, "share_positive_student")),
         row("share better than the null step", lambda part: _interval(part, "share_positive_null_step")),
@@ -332,12 +332,12 @@ def _interval(part: InfluenceData, share: str) -> str:
     return share_of(round(value * len(part.values)), len(part.values)) if formatting.is_finite(value) else UNKNOWN
 
 
-def share_of(some: int, examples: int) -> str:
+def share_of(part: int, examples: int) -> str:
     """Write a share of examples with its 95 % interval (Wilson)."""
     if not examples:
         return UNKNOWN
-    low, high = share_interval(some, examples)
-    return f"{formatting.share(some / examples)} ({formatting.share(low)} to {formatting.share(high)})"
+    low, high = share_interval(part, examples)
+    return f"{formatting.share(part / examples)} ({formatting.share(low)} to {formatting.share(high)})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:

@@ -47,9 +47,9 @@ def judge(run: RunData) -> Verdict:
     if not formatting.is_finite(mean):
         return Verdict("open", "No verdict", "A held-out loss is not finite; see the learning curves.")
     if not formatting.is_finite(error):
-        known = f"The paired gain is {formatting.signed(mean)} nats per token"
-        remedy = "but one evaluation example has no standard error; another run needs more of them"
-        return Verdict("open", "No verdict", f"{known}, {remedy}.")
+        gain = f"The paired gain is {formatting.signed(mean)} nats per token"
+        remedy = "but a single evaluation example gives no standard error; use at least two"
+        return Verdict("open", "No verdict", f"{gain}, {remedy}.")
     losses = last.held_out_loss
     sentence = (
         f"{f'Iteration {last.number}: the' if run.planned > 1 else 'The'} updated teacher's student has a held-out loss of "
@@ -162,13 +162,13 @@ def _positive_card(iteration: IterationData, run: RunData) -> Card:
 
 
 def _kind_card(iteration: IterationData, run: RunData) -> Card | None:
-    """Return the share of instructions of the wanted kind; None without a usable classifier."""
+    """Return the share of instructions of the target kind; None without a usable classifier."""
     before = run.iterations[0].probing.kind_share(run.classifier)
     after = iteration.training.kind_share(run.classifier)
     if before is None or run.classifier is None:
         return None
     return Card(
-        "Of the wanted kind, before → after",
+        "Of the target kind, before → after",
         " → ".join(formatting.share(share.value) for share in (before, after) if share),
         f"of {' and '.join(formatting.count(share.total) for share in (before, after) if share)} instructions; classifier "
         f"of {run.classifier.balanced_accuracy:.2f} balanced accuracy" + ("" if after else "; no training set yet"),

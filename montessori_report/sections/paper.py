@@ -39,8 +39,8 @@ def paper_section(
         training_examples: examples that each method's student is trained on.
         seconds: job seconds of the parts of an iteration of montessori, for each seed.
     """
-    known = [row for row in rows if row["method"] in _PAPER]
-    if not known:
+    in_paper = [row for row in rows if row["method"] in _PAPER]
+    if not in_paper:
         return None
     lines = [
         [
@@ -50,7 +50,7 @@ def paper_section(
             f"{significant(row['job_seconds'] / training_examples)} s",
             f"{_SECONDS[row['method']]} s" if row["method"] in _SECONDS else "",
         ]
-        for row in known
+        for row in in_paper
     ]
     columns = ["Method", "Gain here", *_SCORES, "Job time per example, here", "in the paper"]
     tables = [Table("This study and Tables 1, 2 and 7 of the paper", columns, lines)]

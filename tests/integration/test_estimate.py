@@ -185,7 +185,7 @@ def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPa
     assert 2 * kept.of_run(run.experiment) < kept.of_study(study, [])
 
 
-def test_space_of_transfer_students_is_that_of_their_models(finished_run: Path, smollm2: Path) -> None:
+def test_transfer_students_need_their_own_space(finished_run: Path, smollm2: Path) -> None:
     run = reopen_run(finished_run / "runs" / "tiny")
     student = Student(model=str(smollm2))
     other = Kept.of(replace(run, experiment=run.experiment.model_copy(update={"student": student})))

@@ -176,7 +176,7 @@ def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeyp
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
 
-def test_status_counts_jobs_of_a_driver_on_another_host(folder: Path) -> None:
+def test_status_counts_jobs_of_a_remote_driver(folder: Path) -> None:
     """Nobody here can ask whether its processes run."""
     made = stage(folder)
     made.write(as_shards(*SHARDS))
@@ -233,7 +233,7 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
         assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
 
 
-def test_job_that_sees_no_gpu_is_lost_before_it_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_without_visible_gpu_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its node has a broken driver. With torch's build for CPUs, which has no GPU to lose, jobs compute."""
     import torch
 
@@ -385,7 +385,7 @@ def test_jobs_that_end_without_a_driver_are_not_counted_as_losses(folder: Path) 
 
 
 @pytest.mark.guarantee("run copied or moved to another path")
-def test_copied_run_leaves_the_jobs_of_the_original_alone(folder: Path) -> None:
+def test_copied_run_leaves_original_jobs_alone(folder: Path) -> None:
     kill_driver_with_jobs(folder)
     copy = replace(stage(folder, 0.15), folder=Path(shutil.copytree(folder / "stage", folder / "copy")))
     assert close_submissions(Ledger(copy.folder / "jobs"), CLUSTER) == 0
@@ -395,7 +395,7 @@ def test_copied_run_leaves_the_jobs_of_the_original_alone(folder: Path) -> None:
     assert len((folder / "opened.txt").read_text().split()) == 4  # two jobs of each
 
 
-def test_moved_run_waits_for_its_jobs_no_longer_than_they_live(folder: Path) -> None:
+def test_moved_run_waits_until_its_jobs_end(folder: Path) -> None:
     kill_driver_with_jobs(folder)
     moved = replace(stage(folder, 0.15), folder=(folder / "stage").rename(folder / "moved"))
     assert len(Ledger(moved.folder / "jobs").open_submissions()) == 1
@@ -638,11 +638,11 @@ def test_local_job_survives_clock_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backend.running("", [job_id]) == set()
 
 
-def test_local_job_killed_at_its_limit_is_time_limit() -> None:
+def test_local_job_past_its_limit_is_time_limit() -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
     now = seconds_since(0.0)
-    assert classify_loss(backend.reason(f"1:{now - 61}")) == "time_limit"
-    assert classify_loss(backend.reason(f"1:{now - 50}")) == "lost"
+    assert classify_loss(backend.exit_reason(f"1:{now - 61}")) == "time_limit"
+    assert classify_loss(backend.exit_reason(f"1:{now - 50}")) == "lost"
 
 
 def test_commit_is_atomic(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Pat
     assert "the AdamW moments belong to another model" in " ".join(output.split())
 
 
-def test_step_is_of_the_adamw_that_left_the_moments(tiny_llama: Path, folder: Path) -> None:
+def test_step_uses_the_adamw_of_the_moments(tiny_llama: Path, folder: Path) -> None:
     weights = dict(load_model(str(tiny_llama), torch.float32).named_parameters())
     first, second = ({name: torch.full_like(weight, 1e-3) for name, weight in weights.items()} for _ in range(2))
     recipe = Optimization(beta1=0.5, beta2=0.9, epsilon=1e-3, weight_decay=0.1)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from montessori_core.config import Sampling
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.load import load_tokenizer
-from montessori_core.synthesis.generation import Request
+from montessori_core.synthesis.engine import Request
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from support.generation import continuations
 from support.preference_pairs import LORA_RECIPE, PAIRS, update

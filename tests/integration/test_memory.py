@@ -110,7 +110,7 @@ def test_8b_student_fits_80_gb_gpu(estimator: str) -> None:
     assert larger.host < plan.host
 
 
-def test_linear_plan_of_8b_student_has_directions_on_gpu() -> None:
+def test_linear_plan_of_8b_keeps_directions_on_gpu() -> None:
     """In bf16 with moments on the host; weights and directions in fp32 are 96 GB."""
     plan = plan_memory(LLAMA_3_8B, "linear", "bfloat16", 1024, 2048, int(80 * GB))
     assert plan.fits

@@ -86,9 +86,7 @@ print(local_path("smollm2-135m-pruned"))
 
 
 @pytest.mark.slow
-def test_pruned_variant_is_made_once_when_it_is_named(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_named_pruned_variant_is_made_once(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, no command: the source in the cache is enough, and of two processes one makes it."""
     shutil.copytree(smollm2, tmp_path / "models" / smollm2.name)
     offline = {"MONTESSORI_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}

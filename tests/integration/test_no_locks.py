@@ -73,9 +73,7 @@ def test_run_has_one_driver_without_locks(tmp_path: Path, environment: dict[str,
     assert driver_of(run) is None  # with locks, a file of before does not count
 
 
-def test_driver_on_another_host_is_believed_until_its_file_is_removed(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_remote_driver_counts_until_its_file_is_removed(tmp_path: Path, environment: dict[str, str]) -> None:
     (tmp_path / layout.DRIVER_LOCK).write_text(Driver(process=1, host="login9").model_dump_json())
     driver = start(tmp_path, environment)
     refusal = outcome(driver)

@@ -117,7 +117,7 @@ def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("advances", [True, False])
-def test_time_limits_of_a_shard_are_counted_until_it_advances(folder: Path, advances: bool) -> None:
+def test_time_limits_count_until_a_shard_advances(folder: Path, advances: bool) -> None:
     """Each job reaches its limit after one more row, or before it; two limits without progress are too many."""
     limited = stage(folder)
     line = "recorder.progress(number)" if advances else 'time.sleep(settings["seconds"])'

@@ -216,7 +216,7 @@ def test_study_is_resumed_as_a_whole(tmp_path: Path, part: str) -> None:
         assert f"study; resume with: montessori compare {tmp_path / 'study.yaml'}" in " ".join(output.split())
 
 
-def test_run_with_a_relative_model_is_found_from_another_directory(talking_llama: Path, tmp_path: Path) -> None:
+def test_relative_model_is_found_from_another_directory(talking_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(talking_llama, tmp_path / "model")
     config = configuration(tmp_path, Path("model"))
     with chdir(tmp_path):
@@ -278,7 +278,7 @@ def test_summary_names_main_results(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
     for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
         assert text in output
-    (line,) = (line for line in output.splitlines() if "instructions of the wanted kind" in line)
+    (line,) = (line for line in output.splitlines() if "instructions of the target kind" in line)
     assert "not shown: a classifier of words" in line
 
 
@@ -295,8 +295,8 @@ def test_reports_show_share_of_target(undisturbed: Path, tmp_path: Path) -> None
 
     code, output = invoke("report", str(run), cwd=tmp_path)
     assert code == 0, output
-    with (run / "report-data" / "wanted-kind-instructions-of-the-wanted-kind.csv").open() as file:
-        values = [float(row["share of the instructions of the wanted kind"]) for row in csv.DictReader(file)]
+    with (run / "report-data" / "target-kind-instructions-of-the-target-kind.csv").open() as file:
+        values = [float(row["share of the instructions of the target kind"]) for row in csv.DictReader(file)]
     assert values == [share.value for share in shares]
     page = Page((run / "report.html").read_text())
     for table in tables:

@@ -54,7 +54,7 @@ def test_pickled_weights_are_refused(model_with_code: Path) -> None:
 
 
 @pytest.mark.guarantee("pickles planted by other accounts")
-def test_folders_with_pickles_are_written_by_their_owner_alone(
+def test_only_owner_writes_folders_with_pickles(
     model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -156,7 +156,7 @@ def address(shared: Path, user: int) -> str | None:
 
 
 @pytest.mark.guarantee("file of another user")
-def test_file_of_another_user_is_named_with_its_owner(shared: Path) -> None:
+def test_error_names_owner_of_foreign_file(shared: Path) -> None:
     (shared / "runs").chmod(0o755)
     code, output = montessori(BOB, shared, "up", "--run-root", "runs")
     assert code == 1

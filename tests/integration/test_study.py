@@ -302,7 +302,7 @@ def test_refused_study_leaves_no_new_seeds(tiny_llama: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("changed", ["evaluation", "student"])
-def test_added_seed_needs_data_and_models_of_the_first(tiny_llama: Path, tmp_path: Path, changed: str) -> None:
+def test_added_seed_needs_inputs_of_the_first(tiny_llama: Path, tmp_path: Path, changed: str) -> None:
     """Each seed has copies from when it was opened."""
     path, folder = tmp_path / "study.yaml", tmp_path / "runs" / "study"
     files = {"evaluation": tmp_path / "evaluation.jsonl", "student": tmp_path / "template.jinja"}
@@ -316,7 +316,9 @@ def test_added_seed_needs_data_and_models_of_the_first(tiny_llama: Path, tmp_pat
     open_study(read_study(path, ("seeds=[0]",)), folder)
     before = files[changed].read_text()
     files[changed].write_text(before.replace("[assistant]", "[model]").replace("rivers", "oceans"))
-    with pytest.raises(UserError, match=f"seed-1: other inputs than .*seed-0, .*: {changed}\\. .*Restore the files"):
+    with pytest.raises(
+        UserError, match=f"seed-1 has different inputs from .*seed-0: {changed}\\. .*Restore the original files"
+    ):
         open_study(read_study(path, ("seeds=[0,1]",)), folder)
     files[changed].write_text(before)
     assert len(open_study(read_study(path, ("seeds=[0,1]",)), folder)[0]) == 2
@@ -364,7 +366,7 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert result["kind_classifier"]["objection"] is None
     assert rows["nomad"]["wanted_kind"] >= 0.5  # half of its examples are of the reference set
     assert rows["nomad"]["wanted_kind_low"] < rows["nomad"]["wanted_kind"] <= rows["nomad"]["wanted_kind_high"]
-    assert "wanted kind" in (compared / "output.txt").read_text()
+    assert "target kind" in (compared / "output.txt").read_text()
     page = (compared / "runs" / "tiny-study" / "comparison.html").read_text()
     assert "job seconds of one seed" in page
     assert "floating-point operations of one seed" in page
@@ -501,9 +503,7 @@ def test_pairs_of_answers_never_cross_instructions(
     assert all(chosen == rejected for chosen, rejected in pairs)
 
 
-def test_update_of_all_weights_keeps_none_in_four_bits(
-    methods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_update_keeps_no_four_bit_weights(methods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes: list[TeacherUpdate] = []
     monkeypatch.setattr(
         Step, "train", lambda step, program, settings, *others, **named: recipes.append(settings.recipe)
@@ -671,7 +671,7 @@ TERSE, LONG, LONGER = method("terse", "1"), method("long", "one " * 20), method(
 
 
 @pytest.mark.slow
-def test_method_of_few_tokens_is_not_compared_at_equal_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+def test_short_method_is_not_compared_at_equal_tokens(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(TERSE)
     content = {
         "experiment": configuration(tmp_path, tiny_llama).name,

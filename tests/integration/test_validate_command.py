@@ -74,7 +74,7 @@ def check_results(out: Path, output: str) -> None:
         "22 examples (1 left out), 8 reference",
         "8 random subsets of 5",
         "8 groups of 3",
-        "tenths (2",
+        "deciles (2",
         *names,
     ):
         assert text in output

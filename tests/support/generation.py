@@ -10,7 +10,7 @@ import torch
 
 from montessori_core.config import Sampling, Synthesis
 from montessori_core.data.sources import Task
-from montessori_core.synthesis.generation import Generated, Request, Step
+from montessori_core.synthesis.engine import Generated, Request, Step
 from montessori_core.synthesis.prompts import Prompt
 from montessori_core.synthesis.sampler import draw_from_nucleus
 from montessori_core.synthesis.strategies.opened import OpenStrategy

@@ -49,10 +49,10 @@ def test_run_outside_an_allocation_is_refused(tiny_llama: Path, tmp_path: Path) 
 
 def test_jobs_take_shrinking_portions_of_shards() -> None:
     backend = AllocationBackend(ALLOCATION.slurm, Resources(parallel_jobs=4, shards_per_job=16), None)
-    assert [len(task) for task in backend.group(list(range(64)), 4, frozenset())] == [8] * 4
-    assert [len(task) for task in backend.group(list(range(32)), 1, frozenset())] == [4]
-    assert [len(task) for task in backend.group(list(range(3)), 4, frozenset())] == [1] * 3
-    assert backend.group(list(range(3)), 0, frozenset()) == []
+    assert [len(task) for task in backend.plan_jobs(list(range(64)), 4, frozenset())] == [8] * 4
+    assert [len(task) for task in backend.plan_jobs(list(range(32)), 1, frozenset())] == [4]
+    assert [len(task) for task in backend.plan_jobs(list(range(3)), 4, frozenset())] == [1] * 3
+    assert backend.plan_jobs(list(range(3)), 0, frozenset()) == []
 
 
 @pytest.mark.parametrize(
@@ -138,5 +138,5 @@ def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
     assert ledger.open_submissions() == []
 
 
-def test_local_jobs_are_ended_as_processes_after_profile_changed() -> None:
+def test_local_jobs_end_after_profile_changed() -> None:
     assert not isinstance(backend_at(platform.node(), False, ALLOCATION), AllocationBackend)

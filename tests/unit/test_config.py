@@ -407,7 +407,7 @@ def test_valid_configuration_survives_round_trip(
     write_yaml(experiment, path)
     again = read_experiment(path)
     assert again == experiment
-    assert again.method() == experiment.method()
+    assert again.identity() == experiment.identity()
 
 
 def test_method_settings_exclude_resources_and_name() -> None:
@@ -415,9 +415,9 @@ def test_method_settings_exclude_resources_and_name() -> None:
     moved = parse_experiment(
         MINIMAL | {"name": "other", "iterations": 3, "cluster": {"resources": {"influence": {"parallel_jobs": 9}}}}, "b"
     )
-    assert plain.method() == moved.method()
+    assert plain.identity() == moved.identity()
     changed = parse_experiment(MINIMAL | {"warmup": {"examples": 7}}, "c")
-    assert differences(plain.method(), changed.method()) == ["warmup.examples: 1000 -> 7"]
+    assert differences(plain.identity(), changed.identity()) == ["warmup.examples: 1000 -> 7"]
 
 
 def test_example_weight_defaults_to_training_batch() -> None:

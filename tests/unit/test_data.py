@@ -47,7 +47,7 @@ def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coding", "maths"])
-def test_half_pool_has_half_wanted_tasks(kind: str) -> None:
+def test_half_pool_has_half_target_tasks(kind: str) -> None:
     pools = {row["id"]: row for name in ("seed_pool", "short_seed_pool") for row in rows(name)}
     tasks = [pools[task.example_id] for task in read_tasks(DataSource(path=f"builtin/half-{kind}"), "seed_pool", False)]
     assert rows(f"half_{kind}_seed_pool") == tasks
@@ -171,7 +171,7 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
         read_tasks(DataSource(path=str(broken)), "reference", with_response=True)
 
 
-def test_full_disk_is_not_taken_for_a_damaged_table(tmp_path: Path) -> None:
+def test_full_disk_is_not_a_damaged_table(tmp_path: Path) -> None:
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table({"a": [1]}), table)
     with pytest.raises(OSError, match="No space left on device"), open_parquet(table):

@@ -26,6 +26,8 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 CONFIGURATION = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
 GUARANTEES = runpy.run_path(str(ROOT / "docs" / "guarantees.py"))
 PACKAGES = ("flows", "tasks", "cluster", "montessori_core")
+SPEAKING = ("flows", "tasks", "cluster", "montessori_report")
+"""Packages whose strings people read; those of the core include prompts and regular expressions."""
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/influence.md"])
@@ -79,7 +81,7 @@ def test_guarantees_have_tests() -> None:
 # Words that make a reader translate.
 STUMBLING = ["went on", "go on", "goes on", "at work", "mend", "anew", "be had", "so many", "told apart", "of which"]
 STUMBLING += ["what is not", "of one's own", "slope", "worth", "disturb", "pieces", "widen", "bury", "oversight"]
-STUMBLING += ["as it were", "behind our back", "in vain"]
+STUMBLING += ["as it were", "behind our back", "in vain", "they lie", "wanted kind"]
 
 
 def stumbling(text: str) -> list[str]:
@@ -96,6 +98,14 @@ def test_docstrings_are_plain_english() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             assert not stumbling(text or ""), f"{path}: {text}"
+
+
+def test_messages_and_labels_are_plain_english() -> None:
+    """Errors, warnings, labels and titles are string constants, or the constant parts of f-strings."""
+    for path in (file for package in SPEAKING for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not stumbling(node.value), f"{path}:{node.lineno}: {node.value}"
 
 
 def test_readme_is_short_and_shows_the_tree() -> None:

@@ -50,7 +50,7 @@ def test_passages_keep_limit_and_order_of_words(parts: list[str]) -> None:
     assert all(word in rest for word in kept)
 
 
-def test_long_text_without_sentences_is_read_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_sentences_takes_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     monkeypatch.setattr(documents, "words", lambda text: lengths.append(len(text)) or words(text))
     text = "word " * 20_000

@@ -124,7 +124,7 @@ def test_driver_job_of_flow_run_is_refused(profile: str, approve: bool, reason: 
         check_driver_job(Cluster(profile=profile), approve)
 
 
-def test_scheduled_flow_run_without_driver_job_makes_no_folder(
+def test_scheduled_run_without_driver_makes_no_folder(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -216,7 +216,7 @@ def test_unknown_state_of_driver_job_is_reported(tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_copy_of_a_run_has_not_the_driver_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_run_lacks_the_original_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_command(tmp_path / "bin" / "squeue", 'echo "17|PENDING|Priority"')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     run = tmp_path / "run"

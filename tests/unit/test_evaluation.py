@@ -78,7 +78,7 @@ def test_evaluation_checks_what_it_uses_alone(tiny_llama: Path, tmp_path: Path) 
             opened(tmp_path, tiny_llama, **{section: content})
 
 
-def test_folders_of_evaluations_and_runs_are_not_mixed_up(tiny_llama: Path, tmp_path: Path) -> None:
+def test_evaluation_and_run_folders_are_kept_apart(tiny_llama: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "trial")
     write_study(tmp_path / "runs" / "study")
     for name in ("trial", "study"):

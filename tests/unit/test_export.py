@@ -137,7 +137,7 @@ def test_set_and_iteration_are_chosen(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_instructions_of_the_wanted_kind_are_marked(tmp_path: Path) -> None:
+def test_instructions_of_the_target_kind_are_marked(tmp_path: Path) -> None:
     """If the classifier can tell them; the exported column chooses."""
     texts = ["Write a function that reverses a list.", "Describe your favourite holiday."]
     run = write_run(tmp_path / "trial", texts=texts)

@@ -9,7 +9,7 @@ from montessori_core.influence.losses import TokenLosses, make_batch
 from montessori_core.models import flops
 from montessori_core.models.chat import encode_example
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
-from montessori_core.synthesis.generation import Request
+from montessori_core.synthesis.engine import Request
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from support.generation import continuations
 

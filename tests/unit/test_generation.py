@@ -32,7 +32,8 @@ from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import ApiGeneration, Generation
 from montessori_core.synthesis import jobs, row_cache, transformers_engine
-from montessori_core.synthesis.generation import Generated, Request, open_engine
+from montessori_core.synthesis.engine import Generated, Request
+from montessori_core.synthesis.generation import open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE
 from montessori_core.synthesis.sampler import SeededSampler, draw_from_nucleus

@@ -153,7 +153,7 @@ def test_exact_influence_equals_explicit_procedure(warm: Any, tiny_llama: Path, 
         assert abs(expected) > 1e-4  # large enough for the comparison above
 
 
-def test_weight_per_token_is_that_of_a_training_batch(warm: Any, tiny_llama: Path) -> None:
+def test_weight_per_token_equals_training_batch_weight(warm: Any, tiny_llama: Path) -> None:
     """An example's gradient in a batch whose loss is the mean over all tokens: its share of the tokens."""
     size, plain = 32, meter(warm, tiny_llama)
     typical = sum(example.response_tokens for example in PROBING) / len(PROBING)
@@ -381,9 +381,9 @@ def test_chunked_logits_change_no_loss_or_gradient(
         return cross_entropy(logits, *rest, **options)
 
     monkeypatch.setattr(losses_module.functional, "cross_entropy", watched)
-    pieces, their_gradients = loss_and_gradients()
+    split, their_gradients = loss_and_gradients()
     assert 0 < widest <= limit
-    torch.testing.assert_close(whole, pieces)
+    torch.testing.assert_close(whole, split)
     for one, other in zip(gradients, their_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 

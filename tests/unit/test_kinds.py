@@ -1,9 +1,10 @@
-"""The classifier of the wanted kind of task, and how accurate it is on the built-in targets."""
+"""The classifier of the target kind of task, and how accurate it is on the built-in targets."""
 
 import math
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 
 from montessori_core.config import DataSource
 from montessori_core.data.sources import read_tasks, write_tasks
@@ -31,7 +32,7 @@ def test_features_are_distinct_words_and_pairs() -> None:
 
 
 def test_weights_are_smoothed_log_odds() -> None:
-    """Four wanted tasks against two others, whose counts are doubled; 0.3 is added to each count."""
+    """Four tasks of the target kind against two others, whose counts are doubled; 0.3 is added to each count."""
     classifier = train_classifier(["add"] * 4, ["sing"] * 2)
     assert classifier.weights == pytest.approx(
         {
@@ -42,16 +43,16 @@ def test_weights_are_smoothed_log_odds() -> None:
             "^ sing": math.log(0.3 / 4.3),
         }
     )
-    assert classifier.is_wanted("Add")
-    assert not classifier.is_wanted("Sing")
-    assert not classifier.is_wanted("Whistle")
+    assert classifier.is_target("Add")
+    assert not classifier.is_target("Sing")
+    assert not classifier.is_target("Whistle")
 
 
-def test_seeds_of_wanted_kind_are_not_learned() -> None:
+def test_seeds_of_target_kind_are_not_learned() -> None:
     sums = [f"How many are {number} apples and {number + 2} pears?" for number in range(16)]
     songs = [f"Write a song about {thing} for the choir." for thing in ("rain", "snow", "wind", "fog", "hail", "dew")]
     classifier = train_classifier(sums, [*songs * 4, *(text.replace("pears", "plums") for text in sums[:6])])
-    assert classifier.is_wanted("How many are 4 apples and 5 plums?")
+    assert classifier.is_target("How many are 4 apples and 5 plums?")
     assert classifier.recall == 1
     assert classifier.false_positives == pytest.approx(6 / 30)
 
@@ -80,7 +81,7 @@ def test_reference_of_seed_kinds_gives_no_share(limit: int | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coding", "maths"])
-def test_half_wanted_seed_pool_is_replaced(kind: str) -> None:
+def test_half_target_seed_pool_is_replaced(kind: str) -> None:
     """The quickstart's sets: half of the seeds are of the reference set's kind."""
     reference = instructions_of(f"builtin/{kind}", "reference", 24)
     seeds = instructions_of(f"builtin/half-{kind}", "seed_pool")
@@ -97,7 +98,7 @@ def test_half_wanted_seed_pool_is_replaced(kind: str) -> None:
 
 
 def test_language_of_the_seeds_is_no_kind() -> None:
-    """Against the built-in tasks, which are English, every German text would be of the wanted kind."""
+    """Against the built-in tasks, which are English, every German text would be of the target kind."""
     sums = [f"Wie viele sind {number} Äpfel und {number + 2} Birnen?" for number in range(24)]
     classifier = choose_classifier(sums[:12], sums[12:])
     assert not classifier.usable
@@ -112,11 +113,13 @@ def test_classifier_of_a_run_reads_its_sources(tmp_path: Path) -> None:
         write_tasks(tasks, tmp_path / "sources" / f"{name}.jsonl")
     classifier = read_classifier(tmp_path)
     assert classifier is not None
-    assert classifier.is_wanted("Ben has 12 pens. He gives 5 of them away. How many pens does he have left?")
-    assert not classifier.is_wanted("Write a poem about the sea.")
+    assert classifier.is_target("Ben has 12 pens. He gives 5 of them away. How many pens does he have left?")
+    assert not classifier.is_target("Write a poem about the sea.")
 
 
 def test_interval_is_wilsons() -> None:
     assert KindShare(21, 100).value == 0.21
-    assert KindShare(21, 100).interval == pytest.approx((0.1417, 0.2998), abs=1e-4)
+    for part, total in [(0, 5), (5, 5), (1, 1), (21, 100), (3, 10_000)]:
+        expected = binomtest(part, total).proportion_ci(method="wilson")
+        assert KindShare(part, total).interval == pytest.approx(tuple(expected), abs=1e-12)
     assert KindShare(0, 0).value is None

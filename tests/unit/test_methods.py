@@ -144,7 +144,7 @@ def test_nomad_uses_its_sampling_and_recipe(
     assert mixed["prompt_id"].to_pylist().count("real") == real
 
 
-def test_equal_tokens_train_by_the_recipe_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_tokens_use_recipe_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, parse_experiment({"teacher": {"model": "t"}, "student": {"model": "s"}}, "test"))
     evaluated, teacher = StudentEvaluation(tmp_path, BenchmarkResult([], None)), Model("t", "0")
     own, ended = Training(learning_rate=2e-5, batch_size=128, epochs=4), {}

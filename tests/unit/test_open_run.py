@@ -187,7 +187,7 @@ def test_refusal_of_changed_settings_names_the_remedy(
 
 
 @pytest.mark.parametrize("preferences", [{}, {"max_pairs": 3}])
-def test_open_run_changes_no_file_of_a_driven_run(
+def test_open_run_leaves_driven_run_unchanged(
     preferences: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings_of(tmp_path, tiny_llama)
@@ -237,7 +237,7 @@ def test_run_without_report_is_not_finished(tiny_llama: Path, tmp_path: Path) ->
     assert reopen_run(tmp_path / "run").finished
 
 
-def test_open_study_changes_no_file_of_a_driven_study(tiny_llama: Path, tmp_path: Path) -> None:
+def test_open_study_leaves_driven_study_unchanged(tiny_llama: Path, tmp_path: Path) -> None:
     """Its driver is at another seed: it holds the lock of the study, not that of this seed's run."""
 
     def open_with(**sections: Any) -> None:
@@ -275,9 +275,7 @@ def test_open_run_leaves_run_that_another_command_creates(
         assert files == {"driver.lock", "config.yaml"} if finished else {"driver.lock"}
 
 
-def test_opening_in_driver_job_keeps_the_job_as_driver(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_keeps_the_job_as_driver(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings_of(tmp_path, tiny_llama)
     record = '{"job":"17","job_name":"montessori-driver-1"}'
     (tmp_path / "run" / "driver.lock").write_text(record)

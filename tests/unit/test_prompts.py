@@ -8,9 +8,10 @@ import pytest
 from montessori_core.config import Sampling, Synthesis
 from montessori_core.data.sources import Task
 from montessori_core.models.load import load_tokenizer
+from montessori_core.synthesis.engine import Engine, Request
 from montessori_core.synthesis.extraction import extract_instruction
 from montessori_core.synthesis.filtering import OpenFilters, filter_candidates
-from montessori_core.synthesis.generation import Engine, Request, open_engine
+from montessori_core.synthesis.generation import open_engine
 from montessori_core.synthesis.prompts import CLOSE
 from support.generation import build_prompts, continuations
 

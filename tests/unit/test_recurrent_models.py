@@ -15,7 +15,7 @@ from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.load import load_tokenizer, lora_config, with_lora
 from montessori_core.synthesis import row_cache, transformers_engine
-from montessori_core.synthesis.generation import Request
+from montessori_core.synthesis.engine import Request
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from montessori_core.training.moments import Moments
 from support.generation import continuations, continue_without_cache, run_interrupted

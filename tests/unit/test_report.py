@@ -56,14 +56,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(write_run(tmp_path_factory.mktemp("runs") / "hostile", texts=HOSTILE))
 
 
-def test_report_shows_share_of_wanted_kind(tmp_path: Path) -> None:
+def test_report_shows_share_of_target_kind(tmp_path: Path) -> None:
     """Before the update a fourth of the texts are sums, after it half of them are."""
     song, total = "Write a song about the rain.", "A pen costs 3 euros. How many euros do 12 pens cost in total?"
     folder = write_run(tmp_path / "run", texts=[total, song, song, song], reference={"path": "builtin/maths"})
     write_synthesis(folder / "iteration-1" / "training", "i1-training", 40, [total, song])
     rendered = render_report(folder)
-    before, after = csv.DictReader(io.StringIO(rendered.data["wanted-kind-instructions-of-the-wanted-kind"]))
-    column = "share of the instructions of the wanted kind"
+    before, after = csv.DictReader(io.StringIO(rendered.data["target-kind-instructions-of-the-target-kind"]))
+    column = "share of the instructions of the target kind"
     assert (float(before[column]), float(after[column])) == (0.25, 0.5)
     assert float(after["95 % interval from"]) == pytest.approx(0.352, abs=1e-3)
     page = Page(rendered.html)
@@ -75,8 +75,8 @@ def test_report_shows_share_of_wanted_kind(tmp_path: Path) -> None:
 
 def test_report_of_many_kinds_says_why_no_share(run: Path) -> None:
     page = page_of(run)
-    assert "The share of instructions of the wanted kind is not shown: a classifier of words cannot tell" in page.text
-    assert "Of the wanted kind" not in page.text
+    assert "The share of instructions of the target kind is not shown: a classifier of words cannot tell" in page.text
+    assert "Of the target kind" not in page.text
     assert page.count("span", **{"class": "mark"}) == 0
     assert "Unmodified teacher" in page.text
     assert "Teacher after update 1" in page.text
@@ -268,7 +268,7 @@ def test_report_takes_response_length_out_of_influence(run: Path, tmp_path: Path
     threshold = threshold_of(read_table(path, INFLUENCE), "median")
     helpful, with_length = (share_of(int((part > threshold).sum()), len(part)) for part in (rest, values))
     text = Page(render_report(folder).html).text
-    assert f"share that helps, with response length taken out{helpful}" in text
+    assert f"share that helps, adjusted for response length{helpful}" in text
     assert f"share that helps (better than the threshold){with_length}" in text
     explained = 1 - rest.var() / values.var()
     assert 0.2 < explained < 0.9
@@ -405,7 +405,7 @@ def test_one_evaluation_example_has_no_standard_error(run: Path, tmp_path: Path)
         statistic["standard_error"] = math.nan
     write_json(content, folder / "iteration-1" / "metrics.json")
     page = page_of(folder)
-    assert "one evaluation example has no standard error" in page.text
+    assert "a single evaluation example gives no standard error" in page.text
     assert "is not finite" not in page.text
     (plot,) = (plot for plot in page.plots if "mean loss" in plot["layout"]["xaxis"]["title"]["text"])
     assert [trace["x"] for trace in plot["data"]] == [[2.8], [2.42], [2.4]]

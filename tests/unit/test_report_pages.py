@@ -73,8 +73,8 @@ def test_study_page_shows_gains_costs_transfer(tmp_path: Path) -> None:
         row["gain"] for row in result["equal_response_tokens"]["methods"]
     ]
     assert "by seed: 1,234, 987" in Page(rendered.html).text
-    shares = rows_of(rendered, "wanted-kind-training-examples-of-the-wanted-kind")
-    assert [float(row["share of the instructions of the wanted kind"]) for row in shares] == [0.125, 0.375, 0.625]
+    shares = rows_of(rendered, "target-kind-training-examples-of-the-target-kind")
+    assert [float(row["share of the instructions of the target kind"]) for row in shares] == [0.125, 0.375, 0.625]
     assert "38% (28% to 48%)" in Page(rendered.html).text
     assert "2.7654" in Page(rendered.html).text
     montessori = result["methods"][0]

@@ -3,7 +3,7 @@
 from cluster.stragglers import Stopwatch
 
 
-def test_stopwatch_leaves_out_shards_that_ran_before_it_started() -> None:
+def test_stopwatch_ignores_shards_that_ran_before() -> None:
     """After a takeover, a shard that ends a second later did not take a second."""
     stopwatch = Stopwatch()
     stopwatch.update({0, 1, 2}, set(), 100.0)
@@ -14,7 +14,7 @@ def test_stopwatch_leaves_out_shards_that_ran_before_it_started() -> None:
     assert stopwatch.slower_than(4.0, 310.0) == {2}  # since the takeover alone
 
 
-def test_stopwatch_times_a_shard_that_starts_again_after_the_takeover() -> None:
+def test_stopwatch_times_shard_restarted_after_takeover() -> None:
     stopwatch = Stopwatch()
     stopwatch.update({0}, set(), 100.0)
     stopwatch.update(set(), set(), 101.0)  # its job was lost

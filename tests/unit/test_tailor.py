@@ -1,4 +1,4 @@
-"""The short form: what it sets, what it refuses, and the plan that a run shows first."""
+"""The simple form: what it sets, what it refuses, and the plan that a run shows first."""
 
 import re
 from pathlib import Path
@@ -102,10 +102,10 @@ def test_plan_of_resumed_run_warns_of_no_models(
     """Its models may be on the disk already."""
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
     run, plan = plan_of(tmp_path, tiny_llama)
-    assert "for models" in plan
+    assert "models may need" in plan
     (run.folder / "warmup").mkdir()
     (run.folder / "warmup" / "stage.json").write_text("{}")
-    assert "for models" not in plan_of(tmp_path, tiny_llama)[1]
+    assert "models may need" not in plan_of(tmp_path, tiny_llama)[1]
 
 
 @pytest.mark.slow

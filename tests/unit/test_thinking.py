@@ -22,8 +22,8 @@ from montessori_core.models.control_tokens import split_generated
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.models.rendering import render_prompt
 from montessori_core.models.thinking import is_cut_thinking, split_answer, split_thinking
+from montessori_core.synthesis.engine import Generated
 from montessori_core.synthesis.filtering import CUT_THINKING, funnel
-from montessori_core.synthesis.generation import Generated
 from montessori_core.synthesis.jobs import _records
 from montessori_core.synthesis.nomad import Conversation, read_conversation
 from support.judges import JudgeServer, completion, endpoint, send, served

@@ -24,7 +24,7 @@ def test_setting_is_off_and_decides_no_result() -> None:
     plain = parse_experiment(MODELS, "test")
     assert plain.tracking == ()
     tracked = parse_experiment({**MODELS, "tracking": ["tensorboard", "mlflow"]}, "test")
-    assert tracked.method() == plain.method()
+    assert tracked.identity() == plain.identity()
     with pytest.raises(ConfigError, match=r"tracking.0: Input should be 'tensorboard', 'wandb', 'trackio' or 'mlflow'"):
         parse_experiment({**MODELS, "tracking": ["comet"]}, "test")
 

@@ -27,7 +27,7 @@ def test_classify_error_counts_failed_requeueing_as_time_limit(
     assert classify_error(failure.value) == "time_limit"
 
 
-def test_classify_error_keeps_other_failed_commands_as_code_errors() -> None:
+def test_classify_error_keeps_failed_commands_as_code_errors() -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         subprocess.check_call(["false"])
     assert classify_error(failure.value) == "code_error"

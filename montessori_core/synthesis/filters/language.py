@@ -1,4 +1,4 @@
-"""The filter `language`: an instruction is in a certain language, or too short to tell."""
+"""The filter `language`: an instruction is in a listed language, or too short to classify."""
 
 from montessori_core.config import LanguageFilter
 from montessori_core.data.languages import known_languages, language_of
@@ -11,8 +11,8 @@ OTHER_LANGUAGE = "in another language"
 def _open(settings: LanguageFilter, context: Context) -> Reject:
     for language in settings.languages:
         if language not in known_languages():
-            known = ", ".join(sorted(known_languages()))
-            raise ConfigError(f"synthesis.filters: language: languages: no language {language!r}; known are {known}")
+            names = ", ".join(sorted(known_languages()))
+            raise ConfigError(f"synthesis.filters: language: languages: no language {language!r}; known are {names}")
 
     def reject(candidate: Candidate) -> str | None:
         language = language_of(candidate.instruction)

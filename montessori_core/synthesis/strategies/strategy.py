@@ -96,17 +96,17 @@ class Material:
             template += f"{self.settings.separator}{{open}}"
         draw = draw or Draw(random.Random())
         common = {"open": OPEN, "close": CLOSE, "language": self.settings.language}
-        known = {**common, "topic": draw.topic, "persona": draw.persona, **(values or {})}
+        replacements = {**common, "topic": draw.topic, "persona": draw.persona, **(values or {})}
         # One pass, not str.format: texts may contain braces and placeholders.
-        return re.sub(rf"\{{({'|'.join(known)})\}}", lambda match: known[match[1]], template)
+        return re.sub(rf"\{{({'|'.join(replacements)})\}}", lambda match: replacements[match[1]], template)
 
     def template(self, request: str, completion_prompt: str) -> str:
         """Return the text of the style: the configured one, or the strategy's own for 'own'."""
         if self.style == "completion":
-            own, configured = completion_prompt, self.settings.completion_prompt
+            default, configured = completion_prompt, self.settings.completion_prompt
         else:
-            own, configured = request, self.settings.request
-        return own if configured == "own" else configured
+            default, configured = request, self.settings.request
+        return default if configured == "own" else configured
 
 
 Write = Callable[[Draw], Draft]

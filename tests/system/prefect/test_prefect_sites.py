@@ -44,7 +44,7 @@ def test_server_behind_tls_and_a_login_needs_both_settings(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.guarantee("Prefect server killed in the middle of a stage")
-def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llama: Path, tmp_path: Path) -> None:
+def test_run_on_server_behind_tls_and_login(finished_run: Path, talking_llama: Path, tmp_path: Path) -> None:
     """Its certificate is the site's own. The server is killed and started again while a job runs."""
     home = tmp_path / "server"
     home.mkdir()

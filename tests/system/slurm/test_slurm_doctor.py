@@ -110,7 +110,7 @@ def test_doctor_detects_unshared_folder() -> None:
 
 
 @pytest.mark.slow
-def test_doctor_gives_up_on_jobs_that_wait_too_long(tmp_path: Path) -> None:
+def test_doctor_gives_up_on_queued_jobs(tmp_path: Path) -> None:
     code, output = doctor(tmp_path, {"slurm": {"extra": {"begin": "now+1hour"}}}, "--patience", "3")
     assert code == 1
     assert "no result within 3 s; its jobs were cancelled" in output

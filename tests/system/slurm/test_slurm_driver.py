@@ -241,7 +241,7 @@ def test_commands_find_queued_driver_job_of_study(tiny_llama: Path, tmp_path: Pa
 @pytest.mark.guarantee("driver's job of a study requeued")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_study_by_driver_job_has_tables_of_local_study(talking_llama: Path, tmp_path: Path) -> None:
+def test_driver_job_study_equals_local_study(talking_llama: Path, tmp_path: Path) -> None:
     code, output = whole.call(
         "compare",
         str(study(tmp_path, whole.configuration(tmp_path, talking_llama))),
@@ -288,7 +288,7 @@ def is_submitted(ledger: Path) -> bool:
 @pytest.mark.guarantee("driver's job of a whole run requeued and killed")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_path: Path) -> None:
+def test_driver_jobs_run_equals_local_run(talking_llama: Path, tmp_path: Path) -> None:
     code, output = whole.call(
         "run", str(whole.configuration(tmp_path, talking_llama)), "--run-root", "quiet", cwd=tmp_path
     )

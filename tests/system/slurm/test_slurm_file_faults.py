@@ -120,9 +120,7 @@ def test_late_results_of_steps_are_awaited(folder: Path, libraries: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO])
 @pytest.mark.parametrize("name", ["rows.parquet", "stage.json", "manifest.json", "ledger.json", "part-"])
-def test_files_that_cannot_be_read_for_a_while_change_nothing(
-    folder: Path, libraries: Path, name: str, error: int
-) -> None:
+def test_passing_read_failures_change_nothing(folder: Path, libraries: Path, name: str, error: int) -> None:
     variables = faults(folder, libraries, "open", name, error, 3)
     squares, _ = drive(folder, **variables)
     assert squares == local.EXPECTED

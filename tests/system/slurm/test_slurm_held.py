@@ -110,7 +110,7 @@ def test_refused_held_jobs_are_an_error(folder: Path) -> None:
         drive(folder, 0.0, slurm=Slurm(partition="absent"))
 
 
-def test_held_jobs_longer_than_the_partition_allows_are_an_error(folder: Path) -> None:
+def test_held_jobs_beyond_partition_limit_are_refused(folder: Path) -> None:
     """Slurm accepts them, and never starts them."""
     with pytest.raises(UserError, match=r"partition's time limit.*hold\.minutes \(240\)"):
         drive(folder, 0.0, slurm=Slurm(partition="brief"))
@@ -133,7 +133,7 @@ def test_held_jobs_that_are_too_long_are_replaced_by_the_next_driver(folder: Pat
 
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
-def test_held_jobs_on_an_excluded_node_get_no_shards(folder: Path) -> None:
+def test_held_job_on_excluded_node_gets_no_shards(folder: Path) -> None:
     """A held job on it, which replaces a lost one, may start before the node is excluded."""
     broken = 'if os.environ["SLURMD_NODENAME"] == "node1": raise RuntimeError("No CUDA GPUs are available")'
     (folder / "squares_program.py").write_text(
@@ -145,7 +145,7 @@ def test_held_jobs_on_an_excluded_node_get_no_shards(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_excluded_nodes_are_used_again_if_no_other_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excluded_nodes_are_used_as_last_resort(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.backends.held._REFUSAL_PAUSE", 1.0)
     broken = 'if taken(folder / os.environ["SLURMD_NODENAME"]): raise RuntimeError("No CUDA GPUs are available")'
     (folder / "squares_program.py").write_text(
@@ -171,7 +171,7 @@ def test_copy_of_a_straggler_starts_on_another_node(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stage_waits_while_other_jobs_use_up_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_waits_for_jobs_that_exhaust_limits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sbatch refuses the first jobs to hold, as a site does whose users may submit only so many jobs."""
     real, refused = shutil.which("sbatch"), folder / "refused"
     refusal = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit)"
@@ -275,7 +275,7 @@ def kill_sruns() -> None:
 
 @pytest.mark.guarantee("host of a driver that holds jobs crashes")
 @pytest.mark.slow
-def test_driver_on_another_host_ends_steps_and_uses_held_jobs(folder: Path) -> None:
+def test_driver_on_another_host_reuses_held_jobs(folder: Path) -> None:
     (folder / "hang-0").touch()  # its step would run for ten minutes
     driver = start(folder, 0.7)
     wait_until(lambda: len(local.computed(folder)) >= 4, 120)

@@ -6,9 +6,9 @@ from pathlib import Path
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import ProbingSet, probe, write_training_set
 from montessori_core.data.tables import UTILITY_PREFERENCES
+from tasks.signals import ask_judge, measure_in_context, measure_training_loss
 from tasks.stage import Step
 from tasks.teachers import collect_utility_preferences, update_teacher
-from tasks.utility import ask_judge, measure_in_context, measure_training_loss
 
 
 def _propose(now: Round, measure: Callable[[Round, ProbingSet], Path]) -> Proposal:
@@ -26,7 +26,7 @@ def _training_loss(now: Round, probed: ProbingSet) -> Path:
 
 
 def _demonstration(now: Round, probed: ProbingSet) -> Path:
-    step, examples = now.step.at("utility", "worth as a demonstration"), probed.synthesized.examples
+    step, examples = now.step.at("utility", "value as a demonstration"), probed.synthesized.examples
     return measure_in_context(step, now.run.initial_student(), examples, probed.first, probed.last)
 
 

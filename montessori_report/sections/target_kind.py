@@ -1,4 +1,4 @@
-"""What the teachers write before and after the update: the share of the wanted kind, and the first texts of each."""
+"""What the teachers write before and after the update: the share of the target kind, and the first texts of each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from montessori_report.run_data import RunData, SynthesisData
 INSTRUCTIONS_SHOWN = 10
 
 
-def wanted_kind_section(run: RunData) -> Section:
-    """Return the section of the share of instructions of the wanted kind."""
+def target_kind_section(run: RunData) -> Section:
+    """Return the section of the share of instructions of the target kind."""
     figure = _figure_of_teachers(run)
     return Section(
-        "wanted-kind",
-        "Wanted kind",
+        "target-kind",
+        "Target kind",
         [Block([figure])] if figure else [],
         introduction=_accuracy(run) if figure else "",
         note="The intervals are over the instructions. They do not include the errors of the classifier, which often takes "
-        "a noisy text with words of the wanted kind for a task of that kind."
+        "a noisy text with words of the target kind for a task of that kind."
         if figure
         else "",
         absent=_absence(run),
@@ -34,22 +34,22 @@ def _accuracy(run: RunData) -> str:
         classifier.recall, classifier.false_positives, classifier.balanced_accuracy, classifier.others
     )
     return (
-        f"The wanted kind of task is that of the reference set. A classifier of words {accuracy}. Compare the shares with "
+        f"The target kind of task is that of the reference set. A classifier of words {accuracy}. Compare the shares with "
         "each other: neither is free of its errors."
     )
 
 
 def accuracy_text(recall: float, false_positives: float, balanced_accuracy: float, others: str) -> str:
-    """Say what a classifier calls wanted; see `KindClassifier`."""
+    """Say how well a classifier recognises the target kind; see `KindClassifier`."""
     return (
-        f"calls {formatting.share(recall)} of the reference tasks wanted, and {formatting.share(false_positives)} of "
+        f"assigns {formatting.share(recall)} of the reference tasks to it, and {formatting.share(false_positives)} of "
         f"{others} (cross-validated; balanced accuracy {balanced_accuracy:.2f})"
     )
 
 
 def not_shown(objection: str) -> str:
     """Say why there is no share."""
-    return f"The share of instructions of the wanted kind is not shown: {objection}."
+    return f"The share of instructions of the target kind is not shown: {objection}."
 
 
 def _absence(run: RunData) -> str:
@@ -71,16 +71,16 @@ def _figure_of_teachers(run: RunData) -> Figure | None:
     if not dots:
         return None
     return share_figure(
-        "Instructions of the wanted kind",
-        "Further to the right, more of the teacher's instructions are of the wanted kind. Intervals (Wilson, 95 %) that "
+        "Instructions of the target kind",
+        "Further to the right, more of the teacher's instructions are of the target kind. Intervals (Wilson, 95 %) that "
         "do not overlap show that the update moved the teacher.",
         dots,
     )
 
 
 def share_figure(title: str, reading: str, dots: Sequence[Dot]) -> Figure:
-    """Draw shares of instructions of the wanted kind."""
-    figure = dot_figure(title, reading, dots, "share of the instructions of the wanted kind", formatting.share)
+    """Draw shares of instructions of the target kind."""
+    figure = dot_figure(title, reading, dots, "share of the instructions of the target kind", formatting.share)
     longest = max((dot.high for dot in dots), default=1.0)
     figure.plot.update_xaxes(tickformat=".0%", range=[0, min(1.02, 1.15 * longest)])
     return figure
@@ -92,7 +92,7 @@ def teacher_title(number: int) -> str:
 
 
 def teachers_of(run: RunData) -> list[dict[str, Any]]:
-    """Return the first instructions of each teacher by id, with whether each is of the wanted kind."""
+    """Return the first instructions of each teacher by id, with whether each is of the target kind."""
     return [
         {"title": teacher_title(number), "number": number, "instructions": _first_instructions(part, run)}
         for number, part in run.examples_of_teachers.items()
@@ -104,6 +104,6 @@ def _first_instructions(part: SynthesisData, run: RunData) -> list[dict[str, Any
     classifier = run.classifier if run.classifier is not None and run.classifier.usable else None
     rows = part.examples.select(["example_id", "instruction"]).sort_by("example_id").slice(0, INSTRUCTIONS_SHOWN)
     return [
-        {"text": row["instruction"], "wanted": classifier is not None and classifier.is_wanted(row["instruction"])}
+        {"text": row["instruction"], "target": classifier is not None and classifier.is_target(row["instruction"])}
         for row in rows.to_pylist()
     ]
