@@ -35,9 +35,9 @@ def test_refused_copy_of_a_slow_shard_brings_no_node_back(folder: Path) -> None:
     """The stage has excluded node1; a shard is slow on node2. No other node is left for a copy."""
     held, node1 = backend(folder), frozenset({"node1"})
     for _ in range(2):
-        assert held.group([0], 1, node1, "node2") == []
+        assert held.plan_jobs([0], 1, node1, "node2") == []
     assert len((folder / "sbatch").read_text().splitlines()) == 1  # it is not asked in vain again
-    assert held.group([1, 2], 2, node1) == []
+    assert held.plan_jobs([1, 2], 2, node1) == []
     assert "--exclude=node1 " in (folder / "sbatch").read_text().splitlines()[-1]  # at once, and still without node1
 
 
@@ -45,7 +45,7 @@ def test_excluded_nodes_are_needed_if_no_other_is_left(folder: Path, monkeypatch
     monkeypatch.setattr("cluster.backends.held._REFUSAL_PAUSE", 0.0)
     held = backend(folder)
     for _ in range(2):
-        assert held.group([0], 1, frozenset({"node1", "node2"})) == []
+        assert held.plan_jobs([0], 1, frozenset({"node1", "node2"})) == []
     assert "--exclude" not in (folder / "sbatch").read_text().splitlines()[-1]
 
 
@@ -53,6 +53,6 @@ def test_jobs_of_an_earlier_driver_that_are_too_long_are_replaced(folder: Path) 
     """It was killed, and had a longer cluster.slurm.hold.minutes."""
     held = backend(folder)
     (folder / "jobs").write_text(f"7|7_0|PENDING|PartitionTimeLimit|4:01:00|{held._name}\n")
-    assert held.group([0], 1, NONE) == []
+    assert held.plan_jobs([0], 1, NONE) == []
     assert (folder / "scancel").read_text() == "--quiet 7_0\n"
     assert "--time=2 " in (folder / "sbatch").read_text()

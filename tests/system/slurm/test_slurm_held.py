@@ -122,7 +122,7 @@ def test_held_jobs_that_are_too_long_are_replaced_by_the_next_driver(folder: Pat
     resources = Resources(parallel_jobs=2, cpus_per_process=2, gpus_per_node=1, time_limit_minutes=1)
     held, lasting = (Slurm(partition="brief", hold=HeldJobs(minutes=minutes)) for minutes in (1, 240))
     assert lasting.hold is not None
-    assert HeldBackend(lasting, lasting.hold, resources, None, folder).group([0, 1], 2, frozenset()) == []
+    assert HeldBackend(lasting, lasting.hold, resources, None, folder).plan_jobs([0, 1], 2, frozenset()) == []
     wait_until(lambda: queued("--format=%r") == ["PartitionTimeLimit"] * 2, 60)
     with only_driver(folder):
         stage = stages(folder, 0.0)[0]
