@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -87,13 +86,11 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 def share_interval(part: int, total: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson, 1927).
 
-    Written out, because every report needs it and scipy.stats takes half a second to import.
-
     Args:
         part: number of successes.
         total: number of trials, at least one.
     """
-    share, z = part / total, NormalDist().inv_cdf(0.975)
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4) / (1 + z**2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest  # takes half a second to import
+
+    interval = binomtest(part, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -113,7 +113,7 @@ for command in {commands!r}:
     sys.argv = ["montessori", *command]
     with suppress(SystemExit):
         main()
-print([name for name in ("prefect", "torch", "transformers", "simpy", "scipy", "httpx") if name in sys.modules])
+print([name for name in ("prefect", "torch", "transformers", "simpy", "httpx") if name in sys.modules])
 """
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     said, _, imported = outcome.stdout.strip().rpartition("\n")
