@@ -132,10 +132,12 @@ def run_step(step: Step, student: Path | None, deadline: float, say: Callable[[s
         assert process.stdout is not None
         timer = threading.Timer(min(deadline - time.monotonic(), threading.TIMEOUT_MAX), stop, [process])
         timer.start()
-        for line in process.stdout:
-            say(line.rstrip("\n"))
-        process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                say(line.rstrip("\n"))
+            process.wait()
+        finally:
+            timer.cancel()
     if process.returncode and time.monotonic() >= deadline:
         return say("\nstopped: no time left")
     if process.returncode:

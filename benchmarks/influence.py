@@ -84,7 +84,7 @@ def main() -> None:
         return
     references = [references[i % len(references)] for i in range(arguments.references)]
     mean = sum(len(e.input_ids) for e in references) / len(references)
-    peak = matmul_peak(device, number_type(arguments.dtype))
+    peak = matmul_peak(device, weights_type(arguments.dtype))
     print(  # noqa: T201
         f"{arguments.references} reference examples of {mean:.0f} tokens on average; {torch.get_num_threads()} threads, "
         f"{device}; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s"
@@ -118,7 +118,7 @@ def main() -> None:
         scaling(device)
 
 
-def number_type(dtype: str) -> torch.dtype:
+def weights_type(dtype: str) -> torch.dtype:
     """Return the type of the weights, which the reference pass has too, for a setting `dtype`."""
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
@@ -191,7 +191,7 @@ def measure_ours(
     peak: float,
 ) -> tuple[float, float]:
     """Return the seconds per example, and the share of the peak FLOP/s that the reference pass reaches."""
-    model = load_model(str(folder), number_type(arguments.dtype))
+    model = load_model(str(folder), weights_type(arguments.dtype))
     moments = load_moments(folder)
     reference = ReferenceSet(references, arguments.batch_tokens, device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15

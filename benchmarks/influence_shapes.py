@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from influence import number_type, random_example
+from influence import random_example, weights_type
 from machine import Speed, timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an example")
     arguments = parser.parse_args()
     device = compute_device()
-    used = {used for dtype in arguments.dtypes for used in (number_type(dtype), multiplied_type(dtype))}
+    used = {used for dtype in arguments.dtypes for used in (weights_type(dtype), multiplied_type(dtype))}
     speeds = {dtype: Speed.of(device, dtype) for dtype in sorted(used, key=str)}
     for dtype, speed in speeds.items():
         say(f"{dtype}: {speed.flops / 1e12:.2f} TFLOP/s, {speed.bytes / 1e9:.0f} GB/s")
@@ -100,7 +100,7 @@ def measure(
         torch.OutOfMemoryError: the device has too little memory.
     """
     count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
-    model = random_model(name, number_type(dtype), device)
+    model = random_model(name, weights_type(dtype), device)
     shape = Shape.of(model)
     reference = ReferenceSet([random_example(135) for _ in range(arguments.references)], _BATCH_TOKENS, device)
     # A job of first order measures as many tokens together as its longest example may have.
@@ -133,7 +133,7 @@ def measure(
     run()
     seconds = min(timed(run, device) for _ in range(2)) / len(examples)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    speed, reference_speed = speeds[multiplied_type(dtype)], speeds[number_type(dtype)]
+    speed, reference_speed = speeds[multiplied_type(dtype)], speeds[weights_type(dtype)]
     floor = floor_seconds(shape, estimator, arguments, len(examples), model.dtype.itemsize, speed, reference_speed)
     return [f"{opening:.1f}", f"{seconds:.3f}", f"{floor:.3f}", f"{peak:.1f}"]
 
