@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -86,12 +87,13 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
                 continue
             log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(rows), platform.node())
             if opened is None:
-                if gpus:
-                    from montessori_core.models.device import check_gpus  # torch, which drivers never import
+                inputs = {**stage.inputs, "shared": stage.shared_folder}
+                program = open_program(stage.entry, stage.settings_type, stage.settings, inputs)
+                if gpus and "torch" in sys.modules:
+                    from montessori_core.models.device import check_gpus  # drivers never import torch
 
                     check_gpus(gpus)
-                inputs = {**stage.inputs, "shared": stage.shared_folder}
-                opened = open_program(stage.entry, stage.settings_type, stage.settings, inputs)
+                opened = program
                 opening = time.monotonic() - begun
             _compute_shard(stage, index, key, rows.to_pylist(), opened, environment, opening)
         except Exception as error:
