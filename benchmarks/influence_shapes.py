@@ -13,16 +13,17 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 from influence import random_example, weights_type
 from machine import Speed, timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
+from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.host_memory import host_memory_limit
 from montessori_core.influence.linear import LinearMeter
-from montessori_core.influence.memory import MemoryPlan, plan_memory
+from montessori_core.influence.memory import plan_memory
 from montessori_core.models.device import compute_device
 from montessori_core.models.shape import Shape
 from montessori_core.training.moments import Moments
@@ -62,8 +63,8 @@ def main() -> None:
                     cells = measure(name, dtype, estimator, arguments, device, speeds)
                 except torch.OutOfMemoryError:
                     cells = ["out of memory", "", "", ""]
-                except HostMemoryError as error:
-                    cells = [str(error), "", "", ""]
+                except UserError as error:  # as in a job, the plan does not fit
+                    cells = [str(error).partition(" (")[0], "", "", ""]
                 say(f"| {name} | {dtype} | {estimator} | {' | '.join(cells)} |")
                 gc.collect()
                 if device.type == "cuda":
@@ -81,10 +82,6 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-class HostMemoryError(Exception):
-    """The plan needs more host memory than there is: the system would kill the process."""
-
-
 def measure(
     name: str,
     dtype: str,
@@ -96,7 +93,7 @@ def measure(
     """Return seconds to open, seconds per example, the floor and the peak memory.
 
     Raises:
-        HostMemoryError: see there.
+        UserError: the device or the host has too little memory for the plan.
         torch.OutOfMemoryError: the device has too little memory.
     """
     count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
@@ -105,8 +102,9 @@ def measure(
     reference = ReferenceSet([random_example(135) for _ in range(arguments.references)], _BATCH_TOKENS, device)
     # A job of first order measures as many tokens together as its longest example may have.
     longest = arguments.tokens * (count if estimator == "first_order" else 1)
-    plan = plan_memory(shape, estimator, dtype, longest, _BATCH_TOKENS, device_memory(device))  # type: ignore[arg-type]
-    check_host_memory(plan)
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
+    plan = plan_memory(shape, estimator, dtype, longest, _BATCH_TOKENS, memory)  # type: ignore[arg-type]
+    plan.check(host_memory_limit())
 
     def open_student() -> ResidentStudent:
         adamw = AdamW(5e-6, 0.9, 0.999, 1e-8, 0.0, 31, 1 / 32)
@@ -136,22 +134,6 @@ def measure(
     speed, reference_speed = speeds[multiplied_type(dtype)], speeds[weights_type(dtype)]
     floor = floor_seconds(shape, estimator, arguments, len(examples), model.dtype.itemsize, speed, reference_speed)
     return [f"{opening:.1f}", f"{seconds:.3f}", f"{floor:.3f}", f"{peak:.1f}"]
-
-
-def device_memory(device: torch.device) -> int:
-    """Return the bytes of the device; of a CPU, no limit."""
-    return torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
-
-
-def check_host_memory(plan: MemoryPlan) -> None:
-    """Check that the host has room for what a plan puts there.
-
-    Raises:
-        HostMemoryError: it has not.
-    """
-    available = psutil.virtual_memory().available
-    if plan.host > available:
-        raise HostMemoryError(f"needs {plan.host / 1e9:.0f} GB of host memory, {available / 1e9:.0f} available")
 
 
 def floor_seconds(

@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from argparse import Namespace
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from montessori_core.errors import UserError
 from montessori_core.influence import ResidentStudent
 from montessori_core.models.shape import Shape
 from support import ROOT
@@ -179,7 +181,17 @@ def test_unrestored_student_fails_checks(checks: Any, tiny_llama: Path, monkeypa
 
 def test_mixed_floor_has_reference_passes_in_fp32(shapes: Any) -> None:
     """As `ReferenceSet.evaluate` has, which runs outside autocast."""
-    shape = Shape(parameters=10, trained=10, largest=1, layers=1, hidden=1, intermediate=1, vocabulary=1)
+    shape = Shape(
+        parameters=10,
+        trained=10,
+        largest=1,
+        layers=1,
+        hidden=1,
+        intermediate=1,
+        vocabulary=1,
+        looked_up=0,
+        token_rows=0,
+    )
     fast, slow = shapes.Speed(100.0, 1e12), shapes.Speed(2.0, 1e12)
     arguments = Namespace(tokens=5, references=2)
     seconds = shapes.floor_seconds(shape, "exact", arguments, 1, 4, fast, slow)
@@ -200,7 +212,18 @@ def test_random_moments_are_made_when_read(shapes: Any) -> None:
     assert alive() is None
 
 
-def test_plan_beyond_host_memory_is_not_tried(shapes: Any) -> None:
-    plan = shapes.plan_memory(Shape(10**13, 10**13, 1, 1, 1, 1, 1), "exact", "float32", 1, 1, 10**9)
-    with pytest.raises(shapes.HostMemoryError, match="GB of host memory"):
-        shapes.check_host_memory(plan)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("influence_shapes", ["--shapes", "tiny", "--estimators", "exact", "--dtypes", "float32", "--references", "1"]),
+        ("influence", ["--student", "missing"]),
+        ("gpu_checks", ["--student", "missing"]),
+    ],
+)
+def test_programs_compute_as_jobs_do(name: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They call `compute_device`, whose other settings show on a GPU alone."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with suppress(OSError, UserError):
+        program(name, monkeypatch).main()
+    assert not torch.backends.cudnn.allow_tf32
