@@ -121,10 +121,8 @@ def _end_jobs(submissions: Sequence[Submission], backend: Backend | None, folder
         for submission in submissions:
             log.warning("jobs named %s may still run on host %s", submission.name, submission.host)
         return
-    ids: list[str] = []
-    for submission in submissions:
-        ids += backend.find(submission.name, folder / submission.name) if submission.ids is None else submission.ids
-    backend.cancel(ids)
+    backend.cancel([job_id for submission in submissions for job_id in submission.ids or []])
     for submission in submissions:
         if submission.ids is None:
+            backend.cancel(backend.find(submission.name, folder / submission.name))
             submission.tasks = []  # keep the ledger small: a scheduler may reject submissions for days

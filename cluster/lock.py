@@ -109,19 +109,20 @@ def _driving(folder: Path) -> Iterator[None]:
     """End steps that an earlier driver left in held jobs, and held jobs when this driver ends; not when it is stopped."""
     end_orphaned_steps(folder)
     _driven.append(folder)
-    stopped = False
     try:
         yield
     except DriverStopped:
-        stopped = True
         raise
+    except BaseException:
+        end_held_jobs(folder)
+        raise
+    else:
+        try:
+            end_held_jobs(folder)
+        except JobsRemain as error:  # the run has ended all the same
+            log.warning("%s", error)
     finally:
         _driven.remove(folder)
-        if not stopped:
-            try:
-                end_held_jobs(folder)
-            except JobsRemain as error:
-                log.warning("%s", error)
 
 
 def driven_folder() -> Path | None:
@@ -153,11 +154,14 @@ def _this_process() -> Driver:
     return Driver(process=os.getpid(), host=socket.gethostname(), job=job, job_name=name)
 
 
-def _write(lock: IO[str], driver: Driver) -> None:
+def _write(lock: IO[str], driver: Driver) -> str:
+    """Write the driver into a lock's file; return the content."""
     lock.truncate(0)
     driven = driver.model_copy(update={"folder": str(Path(lock.name).resolve().parent)})
-    lock.write(driven.model_dump_json(exclude_none=True))
+    content = driven.model_dump_json(exclude_none=True)
+    lock.write(content)
     lock.flush()
+    return content
 
 
 @contextmanager
@@ -189,15 +193,14 @@ def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
             raise UserError(_refusal(folder, driver))
         lock.seek(0)
         before = lock.read()
-        _write(lock, holder)
+        written = _write(lock, holder)
         if not locks:
-            _refuse_simultaneous_driver(path)
+            _refuse_simultaneous_driver(path, written)
         yield lock, before
 
 
-def _refuse_simultaneous_driver(path: Path) -> None:
+def _refuse_simultaneous_driver(path: Path, written: str) -> None:
     """Raise a UserError if another process has started at the same time, without a lock: the last one to write continues."""
-    written = path.read_text()
     time.sleep(_SIMULTANEOUS)
     if path.read_text() != written:
         raise UserError(_refusal(path.parent, read_record(path, Driver) or Driver()))

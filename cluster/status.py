@@ -157,15 +157,19 @@ def cancel_jobs(folder: Path, cluster: Cluster) -> int:
         JobsRemain: some jobs may still run; all others are cancelled.
     """
     jobs, problems = 0, []
-    ledgers = [Ledger(stage / "jobs") for stage in stages_of(folder)]
-    for end in (*(partial(close_submissions, ledger, cluster) for ledger in ledgers), partial(end_held_jobs, folder)):
+    stages = [partial(_cancel_stage, stage, cluster) for stage in stages_of(folder)]
+    for end in (*stages, partial(end_held_jobs, folder)):
         try:
             jobs += end()
-        except (JobsRemain, SchedulerUnavailable) as error:
+        except UserError as error:  # also a ledger that is damaged
             problems.append(str(error))
     if problems:
         raise JobsRemain("\n".join(["some jobs may still run; cancel again when the cause is removed:", *problems]))
     return jobs
+
+
+def _cancel_stage(stage: Path, cluster: Cluster) -> int:
+    return close_submissions(Ledger(stage / "jobs"), cluster)
 
 
 def _check_shard(folder: Path, shard: int) -> None:

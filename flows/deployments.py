@@ -39,15 +39,16 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     file = file or find_deployments()
     deployments = read_deployments(file)
     warn_of_job_variables(deployments, console)
-    # Users of a group share a folder of runs, and serve it on their machines.
-    state = root.resolve() / f".montessori-{os.getuid()}-{platform.node()}"
+    state = root.resolve() / f".montessori-{os.getuid()}"  # users of a group may share a folder of runs
     state.mkdir(parents=True, exist_ok=True)
     with (state / "up.json").open("a+") as lock:
         try:
             take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            url = (read_json(state / "up.json") or {}).get("url", "its server is starting")
-            console.print(f"already running: {url}", soft_wrap=True)
+            running = read_json(state / "up.json") or {}
+            host = running.get("host", platform.node())
+            place = "" if host == platform.node() else f" on {host}"
+            console.print(f"already running{place}: {running.get('url', 'its server is starting')}", soft_wrap=True)
             return
         _write_state(lock, {})  # an `up` that was killed has left its address
         with (
@@ -55,7 +56,7 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
             served_reports(root.resolve(), port + 1) as reports,
         ):
             url = api.removesuffix("/api")
-            _write_state(lock, {"url": url, "process": os.getpid()})
+            _write_state(lock, {"url": url, "process": os.getpid(), "host": platform.node()})
             from flows.experiment import RUN_ROOT
             from tasks.report import REPORTS
 

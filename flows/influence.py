@@ -32,7 +32,7 @@ from montessori_core.models.fingerprints import moments_recipe
 from montessori_core.models.thinking import thinking_warning
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
-from tasks.resume import record_command
+from tasks.resume import command_of, record_command
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
 from tasks.students import check_student, open_student
@@ -207,7 +207,8 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
     Raises:
         UserError: a file or the model is invalid; the message names it. Or another process measures in the folder.
     """
-    is_run, ours = (folder / CONFIG).exists(), (folder / DRIVER_LOCK).exists()
+    is_run = (folder / CONFIG).exists()
+    ours = (folder / DRIVER_LOCK).exists() or command_of(folder) is not None  # a user may have removed the lock
     if folder.exists() and (is_run or not ours) and any(folder.iterdir()):
         raise UserError(
             f"{folder}: the folder holds something else; nothing is overwritten: name another one with --out"

@@ -100,6 +100,10 @@ def _certificates(api: str) -> ssl.SSLContext:
     return context
 
 
+class LoginRefused(UserError):
+    """The server asks for another login."""
+
+
 def check_api(api: str) -> None:
     """Check that the server of Prefect's settings answers, and accepts this user.
 
@@ -129,6 +133,8 @@ def wait_for_api(api: str, seconds: float) -> None:
         try:
             check_api(api)
             return
+        except LoginRefused:
+            raise
         except (UserError, httpx.HTTPError) as error:
             if time.monotonic() >= deadline:
                 raise
@@ -183,7 +189,7 @@ def check_login(api: str) -> None:
             if error.response.status_code not in (401, 403):
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"the Prefect server at {api} is not ready: {reason}; see its log") from error
-            raise UserError(
+            raise LoginRefused(
                 f"the Prefect server at {api} asks for a login; set PREFECT_API_AUTH_STRING=user:password (or "
                 "PREFECT_API_KEY for Prefect Cloud)"
             ) from None

@@ -7,6 +7,7 @@ for the same, one srun step at a time. It ends with the run, or when it has had 
 import logging
 import re
 import shlex
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 _PREFIX = "montessori-held"
 _IDLE_POLLS = 5  # at the queue, in the time after which an idle job ends
 _REFUSAL_PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch refused some
+_SHORTEST_CALL = 5.0  # seconds for which Slurm is awaited when there is no patience
 _OWN_OPTIONS = "error|job-name|open-mode|output|requeue|signal|time"
 _PENDING_STATES = ("PENDING", "CONFIGURING")
 _IDLE_SCRIPT = """\
@@ -109,7 +111,7 @@ class HeldBackend(AllocationBackend):
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
-        # `group` has chosen the held jobs by their nodes.
+        # `plan_jobs` has chosen the held jobs by their nodes.
         folder.mkdir(exist_ok=True)
         ids = []
         for task in tasks:
@@ -243,9 +245,9 @@ def end_held_jobs(folder: Path, patience: float = 120.0) -> int:
     Raises:
         JobsRemain: Slurm does not answer.
     """
-    deadline = time.monotonic() + patience
-    while (held := _held_jobs(folder)) is None or (
-        held and run_command("scancel", "--quiet", *sorted({job.id for job in held})) is None
+    deadline, timeout = time.monotonic() + patience, max(patience, _SHORTEST_CALL)
+    while (held := _held_jobs(folder, timeout)) is None or (
+        held and run_command("scancel", "--quiet", *sorted({job.id for job in held}), timeout=timeout) is None
     ):
         if time.monotonic() >= deadline:
             raise JobsRemain("Slurm does not answer; held jobs end only when they have been idle for hold.idle_minutes")
@@ -274,16 +276,17 @@ def states_of_held_jobs(folder: Path) -> Counter[str]:
     return Counter(job.state for job in _held_jobs(folder) or [])
 
 
-def _held_jobs(folder: Path) -> list[_Held] | None:
+def _held_jobs(folder: Path, timeout: float = 120.0) -> list[_Held] | None:
     """Return the jobs that drivers of `folder` hold; None if squeue does not answer."""
-    if not (folder / layout.HELD).exists():
+    if not (folder / layout.HELD).exists() or shutil.which("squeue") is None:
         return []
-    queued = _queued("--me")
+    queued = _queued("--me", timeout=timeout)
     return None if queued is None else [job for job in queued if job.name.startswith(_names_of(folder))]
 
 
-def _queued(*options: str) -> list[_Held] | None:
-    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%r|%L|%j")
+def _queued(*options: str, timeout: float = 120.0) -> list[_Held] | None:
+    command = "squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%r|%L|%j"
+    answer = run_command(*command, timeout=timeout)
     if answer is None:
         return None
     lines = [line.split("|", 5) for line in answer.splitlines()]

@@ -80,7 +80,7 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
             console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
             _exit()
         if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
-            remaining = _cause(error, "JobsRemain")
+            remaining = _cause(error, "JobsRemain", "SchedulerUnavailable")
             stop("the jobs were cancelled" if remaining is None else f"{_REMAINING} ({remaining})")
         if (problem := problem_of(api)) is not None:
             raise UserError(

@@ -37,7 +37,9 @@ def report(
     if out is not None and out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; its name must end in .html")
     if out is not None and out.is_file() and not is_page(out):
-        raise UserError(f"--out {out}: exists, and is no such page; nothing is overwritten: name another file")
+        raise UserError(
+            f"--out {out}: exists and is not a Montessori report; nothing is overwritten: name another file"
+        )
     if len(runs) == 1 and (runs[0] / STUDY).exists():
         page = study_page(read_study(runs[0] / STUDY), read_comparison(runs[0]), runs[0])
         path = out or runs[0] / PAGE

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Scored = Annotated[
     Path,
     typer.Argument(
-        help="Scored rows: a file, glob or folder as of a data set, an exported folder, or the folder of a run."
+        help="Scored rows: a data file, a glob or a folder of such files, an exported folder, or the folder of a run."
     ),
 ]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]

@@ -5,6 +5,7 @@ The library decides by name or by content whether a file is compressed, and how.
 
 import lzma
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
 import datasets
@@ -20,7 +21,7 @@ _MAGIC = (
     *(b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh", b"\x04\x22\x4d\x18"),  # gzip, xz, zstd, bz2, lz4
     *(b"PK\3\4", b"PK\5\6", b"PK\7\b", b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c"),  # zip, rar, 7z
 )
-_REFUSED = re.compile(r"\.(zip|eval|tar|tgz|7z|rar|lz4|bz2|(gz|xz|zst)(?!$))(?![a-z0-9])", re.IGNORECASE)
+_ARCHIVES = {"zip", "eval", "tar", "tgz", "7z", "rar", "lz4", "bz2"}
 _HEAD = 64  # bytes
 
 
@@ -35,12 +36,21 @@ class CheckedDownloads(datasets.DownloadManager):  # type: ignore[misc]
         """
         names = [str(url) for url in NestedDataStructure(url_or_urls).flatten()]
         for name in names:
-            if "::" in name or _REFUSED.search(name.rpartition("/")[2]):
+            if "::" in name or _is_refused(name):
                 raise _refusal(name)
         paths = super().download(url_or_urls)
         for name, path in zip(names, NestedDataStructure(paths).flatten(), strict=True):
             _check_content(DataFile(str(path), name))
         return paths
+
+
+def _is_refused(name: str) -> bool:
+    """Whether a name is that of an archive, or hides how the file is compressed."""
+    *others, last = name.rpartition("/")[2].lower().split(".")
+    last = re.split("[-_?]", last)[0]  # the extension, for the library
+    if last in _ARCHIVES or (others and others[-1] in {"tar", "gz", "xz", "zst"}):
+        return True
+    return f".{last}" in _FORMATS and PurePosixPath(name.lower()).suffix != f".{last}"
 
 
 def _check_content(file: DataFile) -> None:

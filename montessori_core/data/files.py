@@ -44,9 +44,9 @@ class DataFile:
 
     @property
     def compression(self) -> str:
-        """The suffix of its compression, or ''."""
-        suffix = PurePosixPath(self.path).suffix.lower()
-        return suffix if suffix in COMPRESSIONS else ""
+        """The suffix of its compression, or ''; of a download, whose path has none, that in its URL."""
+        suffixes = (PurePosixPath(text).suffix.lower() for text in (self.path, self.name))
+        return next((suffix for suffix in suffixes if suffix in COMPRESSIONS), "")
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:

@@ -32,7 +32,9 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
         if anew:
             _check_paths(path, [name for names in (builder.config.data_files or {}).values() for name in names])
         config = datasets.DownloadConfig(force_download=anew, force_extract=anew, use_etag=False)
-        downloads = CheckedDownloads(builder.dataset_name, download_config=config, base_path=builder.base_path)
+        downloads = CheckedDownloads(
+            builder.dataset_name, download_config=config, base_path=builder.base_path, record_checksums=False
+        )
         builder.download_and_prepare(download_mode=mode, dl_manager=downloads)
         rows = builder.as_dataset(source.split)
     except DataError:

@@ -119,7 +119,10 @@ def _parquet_rows(file: DataFile) -> Rows:
             stream, metadata=metadata, read_dictionary=dictionaries, page_checksum_verification=True
         ) as parquet:
             number = 0
-            for number, row in _batch_rows(parquet.iter_batches(size), file.name):
+            # Arrow reads nested columns of one row group at a time.
+            groups = range(metadata.num_row_groups)
+            batches = chain.from_iterable(parquet.iter_batches(size, row_groups=[group]) for group in groups)
+            for number, row in _batch_rows(batches, file.name):
                 yield f"{file.name}, row {number}", row
         if number != metadata.num_rows:  # no checksum covers the number of rows
             raise DataError(f"{file.name}: {number} rows where {metadata.num_rows} were written; copy it again")
@@ -203,11 +206,25 @@ def _batch_rows(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[tuple[
 
 
 def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Decode dictionaries, which `to_pylist` does value by value; those in nested columns remain."""
+    """Decode dictionaries, which `to_pylist` would do value by value."""
     columns = [
-        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+        column if (plain := _plain(column.type)) == column.type else column.cast(plain) for column in batch.columns
     ]
     return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Return a type without the dictionaries in it; those in maps and list views remain."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        list_of = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return list_of(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
 
 
 # Not pyarrow.dataset: it infers types of cells (an answer "4" would be a number), names no line of a bad row, and has no

@@ -30,7 +30,7 @@ def find_remote(url: str, split: str, field: str) -> list[DataFile]:
     Args:
         url: of the files.
         split: of a folder with several.
-        field: the setting, for errors.
+        field: the setting, for errors; empty for none.
 
     Raises:
         DataError: its file system is not installed or does not answer, or there is no such file.
@@ -73,7 +73,7 @@ def find_local(path: Path, split: str, field: str) -> list[DataFile] | None:
     Args:
         path: a file, a glob or a folder.
         split: of a folder with several.
-        field: the setting, for errors.
+        field: the setting, for errors; empty for none.
 
     Raises:
         DataError: files have several kinds or none that is read, or there are none.
@@ -90,9 +90,9 @@ def find_local(path: Path, split: str, field: str) -> list[DataFile] | None:
     if kind_of(text):
         return [DataFile(text, text)]
     if not exists and text.startswith(("/", "..")):
-        raise DataError(f"{field}.path: {text}: no such file or folder; correct the path")
+        raise DataError(f"{_at(field)}{text}: no such file or folder; correct the path")
     if exists or path.suffix[1:].isalpha() or text.startswith(("/", "..")):
-        raise DataError(f"{field}.path: {text}: expected {expected()}")
+        raise DataError(f"{_at(field)}{text}: expected {expected()}")
     return None
 
 
@@ -112,17 +112,15 @@ def _files_in(folder: Path, split: str, field: str) -> list[DataFile] | None:
     try:
         entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
     except OSError as error:
-        raise DataError(f"{field}.path: {folder}: cannot be read ({error}); check the folder") from error
+        raise DataError(f"{_at(field)}{folder}: cannot be read ({error}); check the folder") from error
     if len(entries) > _MOST_ENTRIES:
-        raise DataError(
-            f"{field}.path: {folder}: more than {_MOST_ENTRIES:,} files; name a folder with data files only"
-        )
+        raise DataError(f"{_at(field)}{folder}: more than {_MOST_ENTRIES:,} files; name a folder with data files only")
     paths = [path.relative_to(folder) for path in entries if kind_of(path.name)]
     hidden = {path for path in paths if any(part.startswith((".", "_")) for part in path.parts)}
     paths = [path for path in paths if path not in hidden and path.name not in _DESCRIPTIONS]
     paths = sorted(path for path in paths if (folder / path).is_file())
     if not paths:
-        raise DataError(f"{field}.path: {folder}: no data files in this folder; expected {expected()}")
+        raise DataError(f"{_at(field)}{folder}: no data files in this folder; expected {expected()}")
     if not re.fullmatch(r"[\w.-]+", split) or _lists_files(folder):  # train[:100] is for the library, too
         return None
     files = [DataFile(str(folder / path), str(folder / path)) for path in paths]
@@ -147,7 +145,7 @@ def _of_split(files: list[DataFile], names: list[PurePosixPath], split: str, whe
         files: of a folder.
         names: their paths in it.
         split: the split.
-        where, field: the folder and the setting, for errors.
+        where, field: the folder and the setting (empty for none), for errors.
 
     Raises:
         DataError: there is no such split.
@@ -162,9 +160,14 @@ def _of_split(files: list[DataFile], names: list[PurePosixPath], split: str, whe
 
 
 def _no_split(where: str, split: str, splits: list[str], field: str) -> DataError:
-    return DataError(
-        f"{field}.path: {where} has no split {split!r}; set {field}.split to one of {', '.join(splits) or '(none)'}"
-    )
+    names = ", ".join(splits) or "(none)"
+    remedy = f"set {field}.split to one of {names}, or name files" if field else f"name files (it has splits {names})"
+    return DataError(f"{_at(field)}{where} has no split {split!r}; {remedy}")
+
+
+def _at(field: str) -> str:
+    """Return how an error about a setting begins; nothing for a path that is no setting."""
+    return f"{field}.path: " if field else ""
 
 
 def _of_one_kind(files: list[DataFile], where: str) -> list[DataFile]:
@@ -199,7 +202,7 @@ def _saved_files(folder: DataFile, names: Set[str], split: str, field: str) -> l
         folder: path, name and file system of the folder.
         names: of its files.
         split: which of several splits.
-        field: the setting, for errors.
+        field: the setting, for errors; empty for none.
 
     Raises:
         DataError: there is no such split, or a description of the folder cannot be used.

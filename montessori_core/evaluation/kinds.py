@@ -28,9 +28,8 @@ LEAST_ACCURACY = 0.75
 """Balanced accuracy below which no share is shown."""
 _MOST_WANTED_SEEDS = 0.75
 """Share above which a classifier against the built-in seed pool knows only the seeds' language or subject."""
-_LEAST_LOG_ODDS = math.log(
-    9
-)  # a probability of 0.9: noise has little evidence either way, and does not count as target
+_LEAST_LOG_ODDS = math.log(9)
+"""A probability of 0.9: noise has little evidence either way, and does not count as target."""
 _SMOOTHING = 0.3  # added to each count
 _FOLDS = 8
 _MOST_TASKS = 2000  # of each set: more change little, and a seed pool may have 52,000

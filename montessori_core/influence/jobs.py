@@ -15,10 +15,9 @@ from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.host_memory import host_memory_limit
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses
-from montessori_core.influence.memory import plan_memory
+from montessori_core.influence.memory import Planned, plan_memory
 from montessori_core.influence.meter import InfluenceMeter, Measurement
 from montessori_core.influence.reference import ReferenceSet, open_reference
-from montessori_core.influence.reference_state import Estimator
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
 from montessori_core.influence.table import schema_with_metadata
@@ -149,7 +148,7 @@ def resident_student(
     model: Any,
     settings: StepSettings,
     inputs: Mapping[str, Path],
-    estimator: Estimator,
+    estimator: Planned,
     batch_tokens: int,
     typical_tokens: float | None = None,
 ) -> ResidentStudent:
@@ -169,7 +168,7 @@ def resident_student(
     return ResidentStudent(model, moments, adamw, model.device, settings.dtype == "mixed", placement, typical_tokens)
 
 
-def _placement(model: Any, settings: StepSettings, estimator: Estimator, batch_tokens: int) -> Placement:
+def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tokens: int) -> Placement:
     """Return where moments, snapshot and reference gradient go, given the device's memory.
 
     Raises:

@@ -5,6 +5,7 @@ are read once per example, chunk by chunk, so they may be in (pinned) host memor
 them as fit stay on the device, those that save the most copying per byte first.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,10 @@ from montessori_core.influence.reference_state import Estimator
 from montessori_core.influence.student import ON_DEVICE, Home, Placement
 from montessori_core.models.shape import GB, Shape
 
+Planned = Estimator | Literal["steps"]
 Precision = Literal["float32", "mixed", "bfloat16"]
+
+log = logging.getLogger(__name__)
 
 USABLE = 0.92
 """Share of the device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
@@ -27,6 +31,10 @@ _HOST_REMEDY = (
     "raise memory_gb of influence in cluster.resources, train LoRA matrices (student.lora), or use a GPU with more memory, "
     "where more of this fits"
 )
+
+_ACTIVATIONS, _BF16_COPIES, _WRITTEN = "activations", "bf16 copies, beyond these", "copy of gradients, to write them"
+_AT_MOST = (_ACTIVATIONS, _BF16_COPIES, _WRITTEN)
+"""Needs that the longest example or the first worker alone has."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class MemoryPlan:
     def check(self, host_limit: int) -> None:
         """Check that the plan fits the device, and host memory of `host_limit` bytes.
 
+        What depends on the data may need less than planned: if only that is too much, there is a warning.
+
         Raises:
             UserError: it does not; the message names the largest needs and the settings that lower them.
         """
@@ -78,10 +88,13 @@ class MemoryPlan:
             if needed > limit:
                 needs = sorted((need for need in self.needs if need.home == home), key=lambda need: -need.size)
                 largest = ", ".join(f"{need.name} {need.size / GB:.1f}" for need in needs[:4])
-                raise UserError(
+                message = (
                     f"influence needs {needed / GB:.1f} GB of {home} memory and may use {limit / GB:.1f} GB (the largest, "
                     f"in GB: {largest}); {remedy}; montessori plan --student shows the effect"
                 )
+                if sum(need.size for need in needs if need.name not in _AT_MOST) > limit:
+                    raise UserError(message)
+                log.warning("with the longest examples, %s", message)
 
     @property
     def placement(self) -> Placement:
@@ -92,7 +105,7 @@ class MemoryPlan:
 
 def plan_memory(
     shape: Shape,
-    estimator: Estimator,
+    estimator: Planned,
     dtype: Precision,
     max_length: int,
     reference_batch_tokens: int,
@@ -103,7 +116,8 @@ def plan_memory(
     Args:
         shape: shape of the student.
         estimator: 'exact' needs the snapshot; 'first_order' needs the reference gradient, the gradient of half the
-            reference set in bf16, and the snapshot until it has both; 'linear' needs both gradients and the rows of tokens.
+            reference set in bf16, and the snapshot until it has both; 'linear' needs both gradients and the rows of tokens;
+            'steps', which are kept for any reference set, need no gradient of one.
         dtype: see `config.Influence`.
         max_length: tokens of the longest example.
         reference_batch_tokens: tokens of a batch of reference examples.
@@ -115,13 +129,13 @@ def plan_memory(
     needs = [
         Need("weights", shape.parameters * width, "device"),
         Need("one gradient", shape.largest * width, "device"),
-        Need("activations", max(example, batch), "device"),
+        Need(_ACTIVATIONS, max(example, batch), "device"),
         Need("logits", 3 * logits, "device"),
     ]
     if dtype == "mixed":
         # Autocast casts the weight of each linear layer in the pass over an example, which keeps them until its end.
         copies = 2 * (shape.parameters - shape.looked_up)
-        needs.append(Need("bf16 copies, beyond these", max(0, example + copies - max(example, batch)), "device"))
+        needs.append(Need(_BF16_COPIES, max(0, example + copies - max(example, batch)), "device"))
     movable = {"first moment": width, "second moment": width}
     if estimator == "first_order":
         movable |= {"reference gradient": width, "half gradient": 2}
@@ -141,7 +155,7 @@ def plan_memory(
         needs.append(Need("rows of tokens, in fp32", 4 * 4 * shape.token_rows, "host"))
     gradients = [need for need in needs if need.name in ("reference gradient", "half gradient")]
     if copied := sum(need.size for need in gradients if need.home == "device"):  # by the first worker, for all others
-        needs.append(Need("copy of gradients, to write them", copied, "host"))
+        needs.append(Need(_WRITTEN, copied, "host"))
     return MemoryPlan(tuple(needs), device_limit)
 
 
@@ -151,7 +165,7 @@ def _widths(dtype: Precision) -> tuple[int, int]:
 
 
 def _activations(
-    shape: Shape, estimator: Estimator, dtype: Precision, max_length: int, reference_batch_tokens: int
+    shape: Shape, estimator: Planned, dtype: Precision, max_length: int, reference_batch_tokens: int
 ) -> tuple[int, int]:
     """Return the bytes of activations in a pass over an example, and in one over a reference batch; see `plan_memory`."""
     width, activation = _widths(dtype)

@@ -27,7 +27,7 @@ def open_steps(settings: programs.StepProjection, inputs: Mapping[str, Path]) ->
     Inputs: `student`; `moments`, without which the step is a first one.
     """
     tokenizer, model = load_student(settings, inputs)
-    student = resident_student(model, settings, inputs, "first_order", settings.max_length)
+    student = resident_student(model, settings, inputs, "steps", settings.max_length)
     student.drop_snapshot()
     directions = student.random_directions(settings.numbers)
     null_step = student.project_null_step(directions)

@@ -17,7 +17,7 @@ from montessori_core import layout
 from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import RowError
 from montessori_core.data.readers import shard_rows
-from montessori_core.data.shards import expected, find_local
+from montessori_core.data.shards import find_local
 from montessori_core.data.sources import FINISHED, Task, TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
@@ -68,9 +68,9 @@ class FilesPool(Pool):
     schema = None
 
     def __init__(self, path: Path) -> None:
-        files = find_local(path, "train", "pool")
+        files = find_local(path, "train", field="")
         if files is None:
-            raise DataError(f"{path}: expected {expected()}")
+            raise DataError(f"{path}: expected a data file, a glob, a folder of data files, or a run")
         self._files, self.name = files, str(path)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:

@@ -119,11 +119,29 @@ def test_linear_plan_of_8b_keeps_directions_on_gpu() -> None:
     assert not plan_memory(LLAMA_3_8B, "linear", "float32", 1024, 2048, int(80 * GB)).fits
 
 
-def test_8b_student_exceeds_40_gb_gpu() -> None:
-    plan = plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(40 * GB))
+def test_8b_student_exceeds_32_gb_gpu() -> None:
+    plan = plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(32 * GB))
     assert not plan.fits
-    with pytest.raises(UserError, match=r"46\.\d GB of device memory and may use 36\.8 GB .*weights 32\.1.*max_length"):
+    with pytest.raises(UserError, match=r"46\.\d GB of device memory and may use 29\.4 GB .*weights 32\.1.*max_length"):
         plan.check(host_limit=10**12)
+
+
+def test_plan_that_only_the_longest_examples_exceed_warns(caplog: pytest.LogCaptureFixture) -> None:
+    """Examples may be far shorter than max_length."""
+    plan = plan_memory(LLAMA_3_8B, "exact", "float32", 4096, 2048, int(80 * GB))
+    assert not plan.fits
+    plan.check(host_limit=10**12)
+    assert "with the longest examples, influence needs" in caplog.text
+
+
+def test_plan_of_kept_steps_has_no_reference_gradient() -> None:
+    steps, first_order = (
+        plan_memory(LLAMA_3_8B, kind, "float32", 1024, 1024, int(80 * GB)) for kind in ("steps", "first_order")
+    )
+    kinds = {need.name for need in steps.needs}
+    assert {"reference gradient", "half gradient"} <= {need.name for need in first_order.needs} - kinds
+    assert steps.host == pytest.approx(3 * 32.1 * GB, rel=0.01)
+    assert first_order.host > 1.4 * steps.host
 
 
 def test_plan_of_mixed_8b_student_counts_bf16_copies() -> None:

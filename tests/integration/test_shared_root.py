@@ -151,7 +151,7 @@ def test_each_user_serves_a_shared_root(shared: Path) -> None:
 
 def address(shared: Path, user: int) -> str | None:
     """Return the address at which a user's `montessori up` serves; None before it does."""
-    states = [read_json(file) or {} for file in (shared / "runs").glob(f".montessori-{user}-*/up.json")]
+    states = [read_json(file) or {} for file in (shared / "runs").glob(f".montessori-{user}/up.json")]
     return states[0].get("url") if states else None
 
 

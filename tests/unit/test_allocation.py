@@ -133,7 +133,7 @@ def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
         ledger.submissions.append(Submission(f"s{step.pid}", "w", [[0]], platform.node(), 1, steps=True, ids=ids))
     begun = time.monotonic()
     assert close_submissions(ledger, Cluster(profile="local")) == 3
-    assert time.monotonic() - begun < 3.0
+    assert time.monotonic() - begun < 4.2  # one after the other takes 4.5 s
     assert [step.wait() for step in steps] == [0, 0, 0]
     assert ledger.open_submissions() == []
 

@@ -77,6 +77,14 @@ def test_every_kind_and_compression_is_read(kind: str, compression: str, tmp_pat
     assert read(path, limit=3) == TASKS[:3]
 
 
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_conversations_of_several_row_groups_are_read(kind: str, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "Count."), ("assistant", "One."))]
+    rows = [{"messages": [*turns, turns[0], {"role": "assistant", "content": f"Two, {n % 5}."}]} for n in range(1000)]
+    (tmp_path / f"rows{kind}").write_bytes(encoded(rows, kind))
+    assert [task.response for task in read(tmp_path / f"rows{kind}")] == [f"Two, {n % 5}." for n in range(1000)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_responses_are_read_as_unfinished(kind: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
@@ -283,8 +291,9 @@ def test_file_in_archive_that_a_card_names_is_refused(data_set: Path) -> None:
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
 def test_files_in_folder_with_card_are_read(kind: str, compression: str, data_set: Path) -> None:
-    (data_set / f"rows{kind}{compression}").write_bytes(compressed(encoded(ROWS, kind), compression))
-    (data_set / "README.md").write_text(CARD.format(f"rows{kind}{compression}"))
+    name = f"rows.eval{kind}{compression}"
+    (data_set / name).write_bytes(compressed(encoded(ROWS, kind), compression))
+    (data_set / "README.md").write_text(CARD.format(name))
     assert read(data_set) == TASKS
 
 

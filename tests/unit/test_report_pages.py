@@ -204,7 +204,7 @@ def test_unwritable_page_is_named_with_remedy(tmp_path: Path) -> None:
     mine.write_text("<title>Mine</title>")
     code, output = invoke("report", str(run), "--out", "mine.html", cwd=tmp_path)
     assert code == 1
-    assert "exists, and is no such page; nothing is overwritten" in output
+    assert "exists and is not a Montessori report; nothing is overwritten" in output
     assert mine.read_text() == "<title>Mine</title>"
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml"), cwd=tmp_path)
     assert code == 1

@@ -220,7 +220,7 @@ def test_steps_of_an_earlier_driver_have_the_loss_class_of_their_held_job(folder
     first.wait()
     driver = start(folder, 2.0)
     wait_until(lambda: (holder := driver_of(folder)) is not None and holder.process == driver.pid, 60)
-    time.sleep(1)
+    time.sleep(4)  # until the driver has taken over the steps
     preempt()
     assert driver.wait(300) == 0
     assert results(folder) == [local.EXPECTED] * 2
@@ -314,12 +314,16 @@ def test_held_jobs_end_with_a_cancelled_flow_run(folder: Path) -> None:
 def test_held_jobs_end_with_a_driver_that_exits_at_once(folder: Path) -> None:
     """After a second Ctrl-C."""
     call = f"t.interruptible(lambda: t.drive(Path({str(folder)!r}), 60.0), '')"
-    driver = subprocess.Popen(command_of("test_slurm_held", call), start_new_session=True)
+    driver = subprocess.Popen(
+        command_of("test_slurm_held", call), start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
     wait_until(lambda: len(local.computed(folder)) >= 2, 240)
-    for _ in range(2):
-        driver.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-    assert driver.wait(120) == 130
+    driver.send_signal(signal.SIGINT)
+    assert driver.stdout is not None
+    wait_until(lambda: "interrupted: cancelling" in driver.stdout.readline(), 60)
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=120)
+    assert driver.returncode == 130
     wait_until(lambda: queued() == [], 60)
 
 
