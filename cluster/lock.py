@@ -109,20 +109,24 @@ def _driving(folder: Path) -> Iterator[None]:
     """End steps that an earlier driver left in held jobs, and held jobs when this driver ends; not when it is stopped."""
     end_orphaned_steps(folder)
     _driven.append(folder)
+    stopped, interrupted = False, False
     try:
         yield
     except DriverStopped:
+        stopped = True
         raise
-    except BaseException:
-        end_held_jobs(folder)
+    except BaseException as error:
+        interrupted = not isinstance(error, Exception)
         raise
-    else:
-        try:
-            end_held_jobs(folder)
-        except JobsRemain as error:  # the run has ended all the same
-            log.warning("%s", error)
     finally:
         _driven.remove(folder)
+        try:
+            if not stopped:
+                end_held_jobs(folder)
+        except JobsRemain as error:
+            if interrupted:
+                raise  # instead of saying that all jobs were cancelled
+            log.warning("%s", error)
 
 
 def driven_folder() -> Path | None:
