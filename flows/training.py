@@ -21,8 +21,10 @@ from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
 from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
 from montessori_core.export.model_card import student_card
+from montessori_core.export.models import write_merged
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
+from montessori_core.models.adapters import is_adapter
 from montessori_core.models.licences import CARD
 from tasks.progress import ProgressBar
 from tasks.resume import record_command
@@ -40,11 +42,13 @@ class StudentTraining:
             within `training.response_tokens` are used, whatever `training.examples` is.
         data: the examples.
         save_moments: save AdamW's moments with the weights, so that influence can be measured on a warm student.
+        merge: merge the adapter of a LoRA student into its base model, in float32.
     """
 
     experiment: Experiment
     data: DataSource
     save_moments: bool = False
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
     Raises:
         UserError: an option, the data or the model is invalid, or `output` exists and has another model.
     """
+    if training.merge and training.experiment.student.lora is None:
+        raise UserError("--merge: the student has no adapter; leave it out, or set student.lora")
+    if training.merge and training.save_moments:
+        raise UserError("--merge and --save-moments exclude each other: the moments are those of the adapter")
     folder = output.with_name(f"{output.name}.parts").absolute()
     if not folder.exists():
         refuse_existing(output, "folder")
@@ -101,16 +109,19 @@ def _train_on_rows(
     trackers = tracking_input(folder, experiment)
     stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
     shards = Shards(rows, len(rows))
-    _check_output(output, stage, shards)
+    _check_output(output, stage, shards, training)
     record_command(folder, command, experiment.student.model, output, cluster)
     with ProgressBar(f"training of {experiment.student.model}") as bar:
         (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)
     show_problems(folder, experiment)
     counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
     if not output.exists():
-        card = student_card(experiment, training.data, settings, counts, log)
+        card = student_card(experiment, training.data, settings, counts, log, training.merge)
         with commit(output, durable=False) as temporary:
-            shutil.copytree(trained, temporary, copy_function=_link)
+            if training.merge:
+                write_merged(trained, temporary)
+            else:
+                shutil.copytree(trained, temporary, copy_function=_link)
             (temporary / CARD).write_text(card, encoding="utf-8")
     return Trained(counts, log)
 
@@ -139,14 +150,17 @@ def read_training_rows(source: DataSource, bad_rows: list[BadRow], copy: Path) -
     return task_rows(copy, TrainingRow)
 
 
-def _check_output(output: Path, stage: Stage, shards: Shards) -> None:
+def _check_output(output: Path, stage: Stage, shards: Shards, training: StudentTraining) -> None:
     """Check that an existing folder has the result of this training.
 
     Raises:
         UserError: it has another.
     """
     (rows,) = shards
-    if output.exists() and not stage.is_done(0, stage.key(rows), thorough=True):
+    if not output.exists():
+        return
+    adapter = training.experiment.student.lora is not None and not training.merge
+    if is_adapter(output) != adapter or not stage.is_done(0, stage.key(rows), thorough=True):
         raise UserError(
             f"{output} has a student of another training; nothing is overwritten: give another folder with --output, or "
             "remove it"

@@ -47,6 +47,9 @@ def train(
     save_moments: Annotated[
         bool, typer.Option("--save-moments", help="Save AdamW's moments, for montessori influence --warm-state.")
     ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter of a LoRA student into its base model (float32).")
+    ] = False,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateVariables = None,
 ) -> None:
@@ -62,7 +65,7 @@ def train(
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
     experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config)
     warn(idle_gpus(experiment.cluster))
-    trained = train_on_data(StudentTraining(experiment, source, save_moments), output, sys.argv[1:])
+    trained = train_on_data(StudentTraining(experiment, source, save_moments, merge), output, sys.argv[1:])
     counts = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in trained.counts.items())
     console.print(f"{counts}; loss {trained.log[0]['loss']:.4f}, at the end {trained.log[-1]['loss']:.4f}")
     console.print(f"student: {output}", soft_wrap=True)

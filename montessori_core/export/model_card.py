@@ -38,6 +38,7 @@ def student_card(
     settings: programs.Sft,
     counts: Mapping[str, int],
     log: Sequence[Mapping[str, Any]],
+    merged: bool = False,
 ) -> str:
     """Return the card of a student that was trained on any data.
 
@@ -47,6 +48,7 @@ def student_card(
         settings: of the training.
         counts: numbers of examples, truncated ones and those left out.
         log: an entry per optimizer step.
+        merged: whether the adapter was merged into its base model.
     """
     student = experiment.student
     name = escape(name_of(student.model))
@@ -54,9 +56,10 @@ def student_card(
     rows += [("loss of the first step, nats per token", log[0]["loss"])] if log else []
     rows += [("loss of the last step, nats per token", log[-1]["loss"])] if log else []
     parts = [
-        model_header(student, ["sft"], adapter=settings.lora is not None),
+        model_header(student, ["sft"], adapter=settings.lora is not None and not merged),
         f"# {name}, trained on {escape(name_of(data.path))}\n",
-        f"{name} after supervised fine-tuning{' of a LoRA adapter' if settings.lora else ''} with Montessori; only "
+        f"{name} after supervised fine-tuning{' of a LoRA adapter' if settings.lora else ''}"
+        f"{', merged into it,' if merged else ''} with Montessori; only "
         f"responses have loss. Licence of {name}: {licence_of(student.model, student.revision) or 'not known'}.\n",
         f"## Data\n\n{table(('training data', ''), rows)}",
         f"## Training\n\n{fenced(dump_yaml(settings.model_dump(mode='json')), 'yaml')}",

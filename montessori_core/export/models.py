@@ -63,7 +63,7 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
     output.parent.mkdir(parents=True, exist_ok=True)
     with commit(output) as temporary:
         if merge:
-            _write_merged(folder, temporary)
+            write_merged(folder, temporary)
         else:
             shutil.copytree(folder, temporary, ignore=UNPUBLISHED)
         (temporary / CARD).write_text(card, encoding="utf-8")
@@ -71,7 +71,8 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
     return folder
 
 
-def _write_merged(folder: Path, target: Path) -> None:
+def write_merged(folder: Path, target: Path) -> None:
+    """Merge the adapter in a folder into its base model, in float32; write model and tokenizer to the folder `target`."""
     import torch
 
     from montessori_core.models.load import load_merged, load_tokenizer

@@ -15,7 +15,7 @@ from montessori_core.data.tables import INFLUENCE, read_table, write_table
 from montessori_core.files import read_json
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 from montessori_core.models.examples import encode_task
-from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.load import load_merged, load_model, load_tokenizer
 from montessori_core.selection.pools import FilesPool
 from support import ROOT
 from support.runs import call, invoke
@@ -121,10 +121,28 @@ def test_training_leaves_out_bad_lines(tiny_llama: Path, tmp_path: Path) -> None
     assert "or set data.drop_bad_rows: true to leave such rows out" in text
 
 
+def test_merged_student_is_a_model_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    data, lora = tmp_path / "data.jsonl", ["--set", "student.lora={rank: 4}"]
+    data.write_text("\n".join(map(json.dumps, EXAMPLES)))
+    code, text = train(tiny_llama, data, tmp_path / "out", *lora, "--merge")
+    assert code == 0, text
+    merged, before = (load_model(str(folder), torch.float32).state_dict() for folder in (tmp_path / "out", tiny_llama))
+    expected = load_merged(str(tmp_path / "out.parts" / "training" / "part-00000"), torch.float32).state_dict()
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(weights, expected[name]) for name, weights in merged.items())
+    assert not all(torch.equal(weights, before[name]) for name, weights in merged.items())
+    assert "of a LoRA adapter, merged into it," in (tmp_path / "out" / "README.md").read_text()
+    assert train(tiny_llama, data, tmp_path / "out", *lora, "--merge")[0] == 0  # nothing to do
+    code, text = train(tiny_llama, data, tmp_path / "out", *lora)
+    assert code == 1
+    assert "nothing is overwritten" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--set", "student.lora={rank: 0}"], "student.lora.rank"),
+        (["--merge"], "the student has no adapter; leave it out, or set student.lora"),
         (["--set", "training.batch_size=3"], "must be a multiple of micro_batch_size"),
         (["--chat-template", "absent.jinja"], "absent.jinja cannot be read"),
         (["--set", "student.max_length=100000"], "max_length"),
