@@ -43,7 +43,8 @@ def find_remote(url: str, split: str, field: str) -> list[DataFile]:
         if is_glob:
             paths = [str(name) for name in system.glob(path)]
         elif not kind_of(path) or system.isdir(path):
-            paths = [str(name) for name in system.ls(path, detail=False)]
+            system.ls(path, detail=False)  # an error if there is no such folder
+            paths = [str(name) for name in system.find(path)]
         else:
             paths = [path]
         names = {name: str(system.unstrip_protocol(name)) for name in paths}
@@ -60,11 +61,21 @@ def find_remote(url: str, split: str, field: str) -> list[DataFile]:
     files = [DataFile(name, names[name], system) for name in paths]
     if is_glob:
         return _of_one_kind(files, url)
-    folder, described = DataFile(path.rstrip("/"), url.rstrip("/"), system), {_name(file) for file in files}
-    if (saved := _saved_files(folder, described, split, field)) is not None:
+    if len(files) > _MOST_ENTRIES:
+        raise DataError(f"{url}: more than {_MOST_ENTRIES:,} files; name a folder with data files only")
+    folder = DataFile(path.rstrip("/"), url.rstrip("/"), system)
+    inside = {file: _path_in(folder, file) for file in files}
+    top = {str(place) for place in inside.values() if len(place.parts) == 1}
+    if (saved := _saved_files(folder, top, split, field)) is not None:
         return saved
-    files = _data_files(files)
-    return _of_one_kind(_of_split(files, [PurePosixPath(_name(file)) for file in files], split, url, field), url)
+    files = [file for file in _data_files(files) if not any(part.startswith((".", "_")) for part in inside[file].parts)]
+    return _of_one_kind(_of_split(files, [inside[file] for file in files], split, url, field), url)
+
+
+def _path_in(folder: DataFile, file: DataFile) -> PurePosixPath:
+    """Return the path of a file relative to its folder, or its name alone if the file system writes the two differently."""
+    path, start = PurePosixPath(file.path), PurePosixPath(folder.path)
+    return path.relative_to(start) if path.is_relative_to(start) else PurePosixPath(path.name)
 
 
 def find_local(path: Path, split: str, field: str) -> list[DataFile] | None:

@@ -142,8 +142,12 @@ def test_fsspec_paths_are_read(tmp_path: Path) -> None:
     for place in range(2):
         system.pipe(f"/rows/{place}.parquet", encoded(ROWS[350 * place : 350 * (place + 1)], ".parquet"))
     system.pipe("/one/rows.jsonl.zst", compressed(encoded(ROWS, ".jsonl"), ".zst"))
-    for path in ("memory://rows", "memory://rows/*.parquet", "memory://one/rows.jsonl.zst"):
+    system.pipe("/deep/train/a/0.jsonl", encoded(ROWS, ".jsonl"))
+    system.pipe("/deep/test/0.jsonl", encoded(ROWS[:1], ".jsonl"))
+    system.pipe("/deep/.cache/0.jsonl", b"not data")
+    for path in ("memory://rows", "memory://rows/*.parquet", "memory://one/rows.jsonl.zst", "memory://deep"):
         assert read(path) == TASKS, path
+    assert read("memory://deep", split="test") == TASKS[:1]
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path, message in (
         ("memory://absent/rows.jsonl", "memory://absent/rows.jsonl: cannot be read"),
