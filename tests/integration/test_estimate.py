@@ -181,7 +181,7 @@ def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
     assert len(warn_of_run(run)) == 1
     (warning,) = warn_of_study(study, [run], run.folder)
-    assert "free space, or choose another --run-root" in warning
+    assert "Free space, or choose another --run-root" in warning
     assert 2 * kept.of_run(run.experiment) < kept.of_study(study, [])
 
 
