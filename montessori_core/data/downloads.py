@@ -12,7 +12,7 @@ import datasets
 from datasets.utils.extract import Extractor
 from datasets.utils.py_utils import NestedDataStructure
 
-from montessori_core.data.files import DataFile
+from montessori_core.data.files import COMPRESSIONS, DataFile
 from montessori_core.data.readers import check_parquet
 from montessori_core.errors import DataError
 
@@ -48,9 +48,9 @@ def _is_refused(name: str) -> bool:
     """Whether a name is that of an archive, or hides how the file is compressed."""
     *others, last = name.rpartition("/")[2].lower().split(".")
     last = re.split("[-_?]", last)[0]  # the extension, for the library
-    if last in _ARCHIVES or (others and others[-1] in {"tar", "gz", "xz", "zst"}):
+    if last in _ARCHIVES or (others and f".{others[-1]}" in (".tar", *COMPRESSIONS)):
         return True
-    return f".{last}" in _FORMATS and PurePosixPath(name.lower()).suffix != f".{last}"
+    return f".{last}" in COMPRESSIONS and PurePosixPath(name.lower()).suffix != f".{last}"
 
 
 def _check_content(file: DataFile) -> None:

@@ -25,13 +25,13 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
 
     path = os.path.expanduser(source.path)
     # The library recognises files by path and time of change: another file with the same time would not be read.
-    anew = os.path.isdir(path)
-    mode = datasets.DownloadMode.FORCE_REDOWNLOAD if anew else None
+    is_folder = os.path.isdir(path)
+    mode = datasets.DownloadMode.FORCE_REDOWNLOAD if is_folder else None
     try:
         builder = datasets.load_dataset_builder(path, source.subset, revision=source.revision, download_mode=mode)
-        if anew:
+        if is_folder:
             _check_paths(path, [name for names in (builder.config.data_files or {}).values() for name in names])
-        config = datasets.DownloadConfig(force_download=anew, force_extract=anew, use_etag=False)
+        config = datasets.DownloadConfig(force_download=is_folder, force_extract=is_folder, use_etag=False)
         downloads = CheckedDownloads(
             builder.dataset_name, download_config=config, base_path=builder.base_path, record_checksums=False
         )

@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,8 +68,7 @@ def find_remote(url: str, split: str, field: str) -> list[DataFile]:
     top = {str(place) for place in inside.values() if len(place.parts) == 1}
     if (saved := _saved_files(folder, top, split, field)) is not None:
         return saved
-    files = [file for file in _data_files(files) if not any(part.startswith((".", "_")) for part in inside[file].parts)]
-    return _of_one_kind(_of_split(files, [inside[file] for file in files], split, url, field), url)
+    return _of_one_kind(_of_split(_visible(inside), split, url, field), url)
 
 
 def _path_in(folder: DataFile, file: DataFile) -> PurePosixPath:
@@ -126,17 +125,19 @@ def _files_in(folder: Path, split: str, field: str) -> list[DataFile] | None:
         raise DataError(f"{_at(field)}{folder}: cannot be read ({error}); check the folder") from error
     if len(entries) > _MOST_ENTRIES:
         raise DataError(f"{_at(field)}{folder}: more than {_MOST_ENTRIES:,} files; name a folder with data files only")
-    paths = [path.relative_to(folder) for path in entries if kind_of(path.name)]
-    hidden = {path for path in paths if any(part.startswith((".", "_")) for part in path.parts)}
-    paths = [path for path in paths if path not in hidden and path.name not in _DESCRIPTIONS]
-    paths = sorted(path for path in paths if (folder / path).is_file())
-    if not paths:
+    paths = sorted(path for path in entries if kind_of(path.name) and path.is_file())
+    inside = _visible({DataFile(str(path), str(path)): PurePosixPath(path.relative_to(folder)) for path in paths})
+    if not inside:
         raise DataError(f"{_at(field)}{folder}: no data files in this folder; expected {expected()}")
     if not re.fullmatch(r"[\w.-]+", split) or _lists_files(folder):  # train[:100] is for the library, too
         return None
-    files = [DataFile(str(folder / path), str(folder / path)) for path in paths]
-    names = [PurePosixPath(path) for path in paths]
-    return _of_one_kind(_of_split(files, names, split, str(folder), field), str(folder))
+    return _of_one_kind(_of_split(inside, split, str(folder), field), str(folder))
+
+
+def _visible(inside: Mapping[DataFile, PurePosixPath]) -> dict[DataFile, PurePosixPath]:
+    """Return the files of a folder that have rows and are not hidden, with their paths in it."""
+    hidden = {file for file, path in inside.items() if any(part.startswith((".", "_")) for part in path.parts)}
+    return {file: inside[file] for file in _data_files(inside) if file not in hidden}
 
 
 def _lists_files(folder: Path) -> bool:
@@ -149,22 +150,21 @@ def _lists_files(folder: Path) -> bool:
     return header is not None and re.search(r"^[\"']?configs\b", header[1], re.MULTILINE) is not None
 
 
-def _of_split(files: list[DataFile], names: list[PurePosixPath], split: str, where: str, field: str) -> list[DataFile]:
+def _of_split(inside: Mapping[DataFile, PurePosixPath], split: str, where: str, field: str) -> list[DataFile]:
     """Return the files of a split; all files if none is named after a split.
 
     Args:
-        files: of a folder.
-        names: their paths in it.
+        inside: files of a folder, with their paths in it.
         split: the split.
         where, field: the folder and the setting (empty for none), for errors.
 
     Raises:
         DataError: there is no such split.
     """
-    splits = splits_of(names)
+    splits = splits_of(list(inside.values()))
     if not any(splits):
-        return files
-    found = [file for file, name in zip(files, splits, strict=True) if name == split_named(split)]
+        return list(inside)
+    found = [file for file, name in zip(inside, splits, strict=True) if name == split_named(split)]
     if not found:
         raise _no_split(where, split, sorted(set(filter(None, splits))), field)
     return found
@@ -200,7 +200,7 @@ def _of_one_kind(files: list[DataFile], where: str) -> list[DataFile]:
     return shards
 
 
-def _data_files(files: list[DataFile]) -> list[DataFile]:
+def _data_files(files: Iterable[DataFile]) -> list[DataFile]:
     """Return the files that have rows."""
     shards = [file for file in files if file.kind and not _name(file).startswith((".", "_"))]
     return [file for file in shards if _name(file) not in _DESCRIPTIONS]
