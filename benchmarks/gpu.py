@@ -156,7 +156,7 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 @cache
 def embedded_student() -> Path | None:
-    """Return the folder of the embedded model; None if it cannot be had, with the reason on stderr."""
+    """Return the folder of the embedded model; None if it is not available, with the reason on stderr."""
     try:
         return fetch_embedded()
     except UserError as error:

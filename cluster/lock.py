@@ -177,14 +177,7 @@ def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
     with path.open("a+") as lock:
         while True:
             try:
-                if locks := take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    break
-                log.warning(
-                    "%s: this file system has no locks, so that a driver is known by this file alone. Remove the file if a "
-                    "driver on another host died",
-                    path,
-                )
-                _refuse_second_driver(folder)
+                locks = take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 _refuse_second_driver(folder)
@@ -192,7 +185,13 @@ def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
             if time.monotonic() > deadline:
                 raise UserError(f"{folder}: another process holds {path.name}; resume the run when it has ended")
             time.sleep(0.2)
-        driver = _queued_driver(path)
+        if not locks:
+            log.warning(
+                "%s: this file system has no locks, so that a driver is known by this file alone. Remove the file if a "
+                "driver on another host died",
+                path,
+            )
+        driver = _queued_driver(path) if locks else driver_of(folder)
         if driver is not None and not driver.is_this_job:
             raise UserError(_refusal(folder, driver))
         lock.seek(0)

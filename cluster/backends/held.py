@@ -124,7 +124,8 @@ class HeldBackend(AllocationBackend):
     def note_command(self, job_id: str, command: list[str]) -> None:
         super().note_command(job_id, command)
         held = [word.removeprefix("--jobid=") for word in command if word.startswith("--jobid=")]
-        self._elements |= {job.id: job.element for job in _queued("--me", f"--name={self._name}") or []}
+        if held and held[0] not in self._elements:
+            self._elements |= {job.id: job.element for job in _queued("--me", f"--name={self._name}") or []}
         if held and held[0] in self._elements:
             self._held_of[job_id] = held[0]
 
