@@ -92,7 +92,7 @@ class WarmStudent:
     def measure_together(self, device: torch.device, examples: Sequence[Encoded], weight: float) -> list[float]:
         """Return the influence of each example with a linear step, all in one batch, nats."""
         model, reference = self.model(device), ReferenceSet(self.reference, 1024, device)
-        meter = LinearMeter(model, lambda: self.resident(model, device, weight), reference, batch_tokens=1 << 14)
+        meter = LinearMeter(model, lambda: self.resident(model, device, weight), reference)
         return list(map(influence_of, meter.measure_batch(examples)))
 
 

@@ -21,7 +21,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -195,7 +195,7 @@ def measure_ours(
     moments = load_moments(folder)
     reference = ReferenceSet(references, arguments.batch_tokens, device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
-    plan = plan_memory(Shape.of(model), estimator, arguments.dtype, PADDED, arguments.batch_tokens, memory)
+    plan = plan_memory(Shape.of(model), estimator, (arguments.dtype, "float32"), PADDED, arguments.batch_tokens, memory)
     adamw = AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
     mixed = arguments.dtype == "mixed"
     student = ResidentStudent(model.to(device), moments, adamw, device, mixed, plan.placement)
@@ -223,7 +223,9 @@ def forward_flops(model: Any, examples: list[Encoded]) -> float:
 class OneByOne:
     """First order as it was before batches: the reference for speed and agreement."""
 
-    def __init__(self, student: ResidentStudent, moments: Moments, adamw: AdamW, directions: list[Direction]) -> None:
+    def __init__(
+        self, student: ResidentStudent, moments: Moments, adamw: AdamW, directions: Sequence[Direction]
+    ) -> None:
         self._student, self._moments, self._adamw, self._directions = student, moments, adamw, directions
 
     def project(self, example: Encoded) -> float:

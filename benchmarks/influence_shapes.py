@@ -11,6 +11,7 @@ printed as soon as it is known.
 import argparse
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(_LLAMA), default=["135m", "1b", "8b"])
     parser.add_argument("--estimators", nargs="+", default=["linear", "first_order", "exact"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "mixed", "bfloat16"])
+    parser.add_argument("--states", nargs="+", default=["float32"], help="what moments and gradients are kept in")
     parser.add_argument("--references", type=int, default=256, help="reference examples, of 135 tokens")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an example")
     arguments = parser.parse_args()
@@ -53,19 +55,19 @@ def main() -> None:
     for dtype, speed in speeds.items():
         say(f"{dtype}: {speed.flops / 1e12:.2f} TFLOP/s, {speed.bytes / 1e9:.0f} GB/s")
     say(
-        "\n| student | numbers | estimator | opening, s | s an example | floor, s | peak memory, GB |\n"
-        "|---|---|---|---|---|---|---|"
+        "\n| student | numbers | state | estimator | opening, s | s an example | floor, s | peak memory, GB |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for name in arguments.shapes:
-        for dtype in arguments.dtypes:
+        for dtype, state_dtype in product(arguments.dtypes, arguments.states):
             for estimator in arguments.estimators:
                 try:
-                    cells = measure(name, dtype, estimator, arguments, device, speeds)
+                    cells = measure(name, (dtype, state_dtype), estimator, arguments, device, speeds)
                 except torch.OutOfMemoryError:
                     cells = ["out of memory", "", "", ""]
                 except UserError as error:  # as in a job, the plan does not fit
                     cells = [str(error).partition(" (")[0], "", "", ""]
-                say(f"| {name} | {dtype} | {estimator} | {' | '.join(cells)} |")
+                say(f"| {name} | {dtype} | {state_dtype} | {estimator} | {' | '.join(cells)} |")
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -84,7 +86,7 @@ def say(text: str) -> None:
 
 def measure(
     name: str,
-    dtype: str,
+    numbers: Any,
     estimator: Any,
     arguments: argparse.Namespace,
     device: torch.device,
@@ -96,6 +98,7 @@ def measure(
         UserError: the device or the host has too little memory for the plan.
         torch.OutOfMemoryError: the device has too little memory.
     """
+    dtype, state = numbers
     count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
     model = random_model(name, weights_type(dtype), device)
     shape = Shape.of(model)
@@ -103,19 +106,23 @@ def measure(
     # A job of first order measures as many tokens together as its longest example may have.
     longest = arguments.tokens * (count if estimator == "first_order" else 1)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
-    plan = plan_memory(shape, estimator, dtype, longest, _BATCH_TOKENS, memory)  # type: ignore[arg-type]
+    plan = plan_memory(shape, estimator, numbers, longest, _BATCH_TOKENS, memory)
     plan.check(host_memory_limit())
+
+    mixed = dtype == "mixed"
+    state_dtype = torch.bfloat16 if state == "bfloat16" and dtype != "bfloat16" else None
 
     def open_student() -> ResidentStudent:
         adamw = AdamW(5e-6, 0.9, 0.999, 1e-8, 0.0, 31, 1 / 32)
-        return ResidentStudent(model, random_moments(model), adamw, device, dtype == "mixed", plan.placement)
+        kept = None if estimator == "linear" else state_dtype
+        return ResidentStudent(model, random_moments(model), adamw, device, mixed, plan.placement, None, kept)
 
     meter: Any
 
     def open_meter() -> None:
         nonlocal meter
         if estimator == "linear":
-            meter = LinearMeter(model, open_student, reference, mixed=dtype == "mixed", batch_tokens=_BATCH_TOKENS)
+            meter = LinearMeter(model, open_student, reference, mixed=mixed, state_dtype=state_dtype)
         else:
             meter = InfluenceMeter(open_student(), reference, estimator)
 

@@ -54,10 +54,12 @@ class Setting:
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.weights.items()}, strict=False)
         return model
 
-    def resident(self, dtype: torch.dtype = torch.float32, mixed: bool = False) -> ResidentStudent:
+    def resident(
+        self, dtype: torch.dtype = torch.float32, mixed: bool = False, state_dtype: torch.dtype | None = None
+    ) -> ResidentStudent:
         """Return the warm student as a `ResidentStudent`."""
         moments = Moments(self.moments.first, self.moments.second, self.moments.step)
-        return ResidentStudent(self.model(dtype), moments, self.adamw, CPU, mixed=mixed)
+        return ResidentStudent(self.model(dtype), moments, self.adamw, CPU, mixed=mixed, state_dtype=state_dtype)
 
 
 def main() -> None:
@@ -68,6 +70,10 @@ def main() -> None:
         publish(
             [f"### {arguments.title}", "", *weights_table(setting, arguments.weights, arguments.seed)], arguments.out
         )
+        return
+    if arguments.state:
+        setting = replace(setting, adamw=replace(setting.adamw, example_weight=1 / 32))
+        publish([f"### {arguments.title}", "", *state_table(setting, arguments.seed)], arguments.out)
         return
     oracle_meter = InfluenceMeter(setting.resident(), setting.reference)
     momentum = oracle_meter.null_step_influence
@@ -173,6 +179,49 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
     ]
 
 
+def state_table(setting: Setting, seed: int) -> list[str]:
+    """Compare each procedure, with the state in fp32 and in bf16, with exact influence in fp32."""
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for name, mixed in (("exact", False), ("first order", False), ("first order, mixed", True), ("linear", False)):
+        for state, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+
+            def resident(mixed: bool = mixed, dtype: torch.dtype | None = dtype) -> ResidentStudent:
+                return setting.resident(mixed=mixed, state_dtype=dtype)
+
+            meter: InfluenceMeter | LinearMeter
+            if name == "linear":
+                model = setting.model(torch.float32)
+                meter = LinearMeter(model, setting.resident, setting.reference, state_dtype=dtype)
+                results = meter.measure_batch(setting.probing)
+            else:
+                meter = InfluenceMeter(resident(), setting.reference, "exact" if name == "exact" else "first_order")
+                results = [meter.measure(example) for example in tqdm(setting.probing, desc=f"{name}, {state}")]
+            found[name, state] = np.array([result.influence_null_step for result in results], dtype=np.float64)
+    oracle = found["exact", "float32"]
+    rows = [
+        [
+            name,
+            state,
+            *agreement(oracle, influence),
+            f"{np.abs(influence - found[name, 'float32']).max() / oracle.std(ddof=1):.1e}",
+            f"{spearmanr(influence, found[name, 'float32']).statistic:.4f}",
+        ]
+        for (name, state), influence in found.items()
+    ]
+    columns = ["procedure", "state", "Spearman with exact", "signs", "rms error", "largest change", "Spearman"]
+    return [
+        f"{len(setting.probing)} probing examples, {len(setting.reference)} reference examples, {setting.moments.step} "
+        f"warm-up steps, learning rate {setting.adamw.learning_rate:g}, weight 1/32, seed {seed}; influence against the null "
+        f"step, whose standard deviation is {oracle.std(ddof=1):.1e}. The last two columns compare the state in bf16 with "
+        "that in fp32; changes are shares of this deviation.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
 def agreement(exact: np.ndarray, estimate: np.ndarray) -> list[str]:
     """Return Spearman's correlation, the share of equal signs, and the rms error."""
     return [
@@ -209,6 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16-probing", type=int, default=40, help="number of probing examples measured in bf16")
     parser.add_argument("--brief", action="store_true", help="only oracle, first order in fp32, exact in bfloat16")
     parser.add_argument("--weights", type=float, nargs="+", help="compare estimators at these example weights instead")
+    parser.add_argument("--state", action="store_true", help="compare moments and gradients in fp32 and bf16 instead")
     parser.add_argument("--references", type=int, default=64, help="number of reference examples")
     parser.add_argument("--warmup-steps", type=int, default=20, help="warm-up steps of 4 examples")
     parser.add_argument(

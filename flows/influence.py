@@ -307,7 +307,7 @@ class MeasurementStages:
         settings, inputs = self._settings("first_order"), replace(self._inputs, files={})
         cluster, tasks = self._measurement.cluster, Rows.of([vars(task) for task in inputs.reference], TaskRow)
         steps = programs.StepProjection(
-            max_length=settings.max_length, dtype=settings.dtype, step=settings.step, numbers=store.numbers
+            **settings.model_dump(include={"max_length", "dtype", "state_dtype", "step"}), numbers=store.numbers
         )
         reference = programs.ReferenceProjection(
             **dict(steps),

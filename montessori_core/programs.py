@@ -9,12 +9,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from montessori_core.config import (
+    Dtype,
     Influence,
     Lora,
     Optimization,
     Sampling,
     Section,
     Sequential,
+    StateDtype,
     TeacherUpdate,
     WeightPer,
     Zero,
@@ -106,7 +108,8 @@ class InfluenceMeasurement(Section):
 
     max_length: int
     estimator: Literal["exact", "first_order", "linear"]
-    dtype: Literal["float32", "mixed", "bfloat16"]
+    dtype: Dtype
+    state_dtype: StateDtype
     step: AdamWStep
     reference_reduction: Literal["example", "token"]
     reference_batch_tokens: int
@@ -120,7 +123,8 @@ class StepProjection(Section):
     """How the steps on examples are projected, to keep them."""
 
     max_length: int
-    dtype: Literal["float32", "mixed", "bfloat16"]
+    dtype: Dtype
+    state_dtype: StateDtype
     step: AdamWStep
     numbers: int = Field(description="About how many numbers a projection has.")
 
@@ -156,7 +160,7 @@ def measurement_settings(
     )
     return InfluenceMeasurement.model_validate(
         {
-            **influence.model_dump(include={"dtype", "reference_reduction", "reference_batch_tokens"}),
+            **influence.model_dump(include={"dtype", "state_dtype", "reference_reduction", "reference_batch_tokens"}),
             "max_length": max_length,
             "estimator": estimator,
             "step": step,

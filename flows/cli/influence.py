@@ -91,6 +91,13 @@ NumberType = Annotated[
         "memory, but mostly rounding error for small students)."
     ),
 ]
+StateNumberType = Annotated[
+    str,
+    typer.Option(
+        help="What AdamW's moments and the reference gradient are kept in: float32, or bfloat16, which takes half the "
+        "memory of a large student's state; arithmetic is in fp32."
+    ),
+]
 ClusterInsteadOfDevice = Annotated[
     Path | None, typer.Option("--cluster", help="Cluster file (YAML): where jobs run, in place of --device.")
 ]
@@ -120,6 +127,7 @@ def influence(
     store_numbers: StoreNumbers = 16384,
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
+    state_dtype: StateNumberType = "float32",
     device: Device = "auto",
     cluster: ClusterInsteadOfDevice = None,
     max_length: MaxLength = 1024,
@@ -145,6 +153,7 @@ def influence(
         "weight_per": weight_per,
         "reference_reduction": reference_reduction,
         "dtype": dtype,
+        "state_dtype": state_dtype,
         "screening": {"audit_examples": audit_examples, "estimator": screen},
         "sequential": None if sequential is None else {"error_rate": sequential},
     }

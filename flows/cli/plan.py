@@ -27,6 +27,9 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="Precision: float32, mixed or bfloat16; see montessori influence --help.")
     ] = "float32",
+    state_dtype: Annotated[
+        str, typer.Option(help="What moments and reference gradient are kept in: float32 or bfloat16.")
+    ] = "float32",
     max_length: Annotated[
         int, typer.Option(min=32, help="Tokens of the longest example, or of the longest pair for a teacher.")
     ] = 1024,
@@ -55,16 +58,19 @@ def plan(
     if quantization is not None:
         raise UserError("--quantization applies only to --teacher; influence needs all weights of the student")
     assert student is not None
-    options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
-    influence = parse_options({**options, "screening": {"estimator": screen}})
+    options: dict[str, Any] = {"estimator": estimator, "dtype": dtype, "state_dtype": state_dtype}
+    options |= {"reference_batch_tokens": reference_batch_tokens, "screening": {"estimator": screen}}
+    influence = parse_options(options)
     from montessori_core.influence.memory import plan_memory
 
     shape = Shape.of(_load_without_weights(student, lora))
     memory = int(gpu_memory * GB)
     fits = True
     for name in (influence.screening.estimator, "exact") if estimator == "screened" else (influence.estimator,):
-        memory_plan = plan_memory(shape, name, influence.dtype, max_length, reference_batch_tokens, memory)
-        print_memory_plan(memory_plan, f"{student}: {name}, {dtype}, one worker", gpu_memory)
+        numbers = influence.dtype, influence.state_dtype
+        memory_plan = plan_memory(shape, name, numbers, max_length, reference_batch_tokens, memory)
+        kept = "" if state_dtype == "float32" else ", state in 16 bits"
+        print_memory_plan(memory_plan, f"{student}: {name}, {dtype}{kept}, one worker", gpu_memory)
         fits &= memory_plan.fits
     console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, {shape.trained / 1e9:.3f}e9 of them trained")
     if not fits:

@@ -181,13 +181,18 @@ def print_comparison(folder: Path) -> None:
 
 def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
     """Print the memory that measuring influence needs, by item and place."""
-    table = Table("item", "GB", "place", title=title, title_justify="left")
+    from montessori_core.influence.memory import PHASES
+
+    table = Table("item", "GB", "place", "while", title=title, title_justify="left")
     for need in plan.needs:
-        pinned = ", pinned" if need.home == "host" and need.name in plan.placement else ""
-        table.add_row(need.name, f"{need.size / GB:.2f}", need.home + pinned)
+        pinned = (
+            ", pinned" if need.home == "host" and need.name in plan.placement and need.name != "gradient sum" else ""
+        )
+        when = "" if need.phases == PHASES else need.phases[0]
+        table.add_row(need.name, f"{need.size / GB:.2f}", need.home + pinned, when)
     table.add_section()
-    table.add_row("on the device", f"{plan.device / GB:.2f}", f"of {memory_gb:g} GB")
-    table.add_row("in host memory", f"{plan.host / GB:.2f}", "per worker")
+    table.add_row("most on the device", f"{plan.device / GB:.2f}", f"of {memory_gb:g} GB", "")
+    table.add_row("most in host memory", f"{plan.host / GB:.2f}", "per worker", "")
     console.print(table)
     if not plan.fits:
         console.print(

@@ -17,7 +17,16 @@ from montessori_core.config.filters import (
     RougeFilter,
     SemanticFilter,
 )
-from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
+from montessori_core.config.influence import (
+    Baseline,
+    Dtype,
+    Influence,
+    Preferences,
+    Screening,
+    Sequential,
+    StateDtype,
+    WeightPer,
+)
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.resources import Resources, StageResources
 from montessori_core.config.section import RUN_NAME, FolderName, Section, differences, parse
@@ -44,6 +53,7 @@ __all__ = [
     "Comparison",
     "DataFormat",
     "DataSource",
+    "Dtype",
     "Endpoint",
     "EvolveStrategy",
     "Experiment",
@@ -71,6 +81,7 @@ __all__ = [
     "Sequential",
     "Slurm",
     "StageResources",
+    "StateDtype",
     "Student",
     "Study",
     "Synthesis",

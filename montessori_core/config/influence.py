@@ -49,6 +49,8 @@ class Sequential(Section):
 
 
 WeightPer = Literal["example", "token"]
+Dtype = Literal["float32", "mixed", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16"]
 
 
 class Influence(Section):
@@ -64,10 +66,16 @@ class Influence(Section):
         "batch of examples, without moments and weight gradients. 'screened' uses first order (or linear, see screening) for "
         "all examples, audits it, and confirms signs in doubt exactly.",
     )
-    dtype: Literal["float32", "mixed", "bfloat16"] = Field(
+    dtype: Dtype = Field(
         "float32",
         description="Precision of a step: 'float32'; 'mixed' (bf16 activations for the example's gradient, fp32 for the "
         "rest); 'bfloat16' (everything, as in the authors' code: less memory, but mostly rounding error for small students).",
+    )
+    state_dtype: StateDtype = Field(
+        "float32",
+        description="What AdamW's moments and the reference gradient are kept in; arithmetic is in fp32 (unless dtype: "
+        "bfloat16). 'bfloat16' takes half the memory: more of a large student's state stays on the GPU, instead of being "
+        "copied there for each batch of examples. Ranks stay the same (docs/numerics.md).",
     )
     screening: Screening = Field(Screening(), description="How estimator: screened audits its estimates.")
     sequential: Sequential | None = Field(

@@ -184,10 +184,10 @@ def _values(scalars: list[torch.Tensor]) -> list[float]:
 def _chunks(
     device: torch.device, like: torch.Tensor, gradient: torch.Tensor | None, *others: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield chunks of a gradient (None: zeros like `like`) and of the others, copied to `device` if necessary."""
+    """Yield chunks of a gradient (None: zeros like `like`) and of the others, on `device` and in the dtype of `like`."""
     if gradient is None:
         gradient = torch.zeros_like(like)
     size = _CHUNK[device.type]
     flat = gradient.reshape(-1), *(tensor.view(-1) for tensor in others)
     for chunks in zip(*(tensor.split(size) for tensor in flat), strict=True):
-        yield tuple(chunk.to(device, non_blocking=True) for chunk in chunks)
+        yield tuple(chunk.to(device, like.dtype, non_blocking=True) for chunk in chunks)

@@ -124,8 +124,8 @@ def _open_meter(
 
     shared, reduction = inputs.get("shared"), settings.reference_reduction
     if settings.estimator == "linear":
-        tokens = settings.reference_batch_tokens
-        return LinearMeter(model, open_student, reference, reduction, mixed, typical_tokens, tokens, shared)
+        state_dtype = _state_dtype(settings)
+        return LinearMeter(model, open_student, reference, reduction, mixed, typical_tokens, shared, state_dtype)
     return InfluenceMeter(
         open_student(),
         reference,
@@ -164,8 +164,15 @@ def resident_student(
     """
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     adamw = AdamW(step=moments.step + 1, **settings.step.model_dump(exclude={"weight_per"}))
-    placement = _placement(model, settings, estimator, batch_tokens)
-    return ResidentStudent(model, moments, adamw, model.device, settings.dtype == "mixed", placement, typical_tokens)
+    placement, mixed = _placement(model, settings, estimator, batch_tokens), settings.dtype == "mixed"
+    # A linear step adds up squares in the second moment, which takes fp32; and only its directions stay in memory.
+    state_dtype = None if estimator == "linear" else _state_dtype(settings)
+    return ResidentStudent(model, moments, adamw, model.device, mixed, placement, typical_tokens, state_dtype)
+
+
+def _state_dtype(settings: StepSettings) -> torch.dtype | None:
+    """Return what the state is kept in, None if that is the dtype of the weights."""
+    return torch.bfloat16 if settings.state_dtype == "bfloat16" and settings.dtype != "bfloat16" else None
 
 
 def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tokens: int) -> Placement:
@@ -177,7 +184,8 @@ def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tok
     if model.device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(model.device)
-    plan = plan_memory(Shape.of(model), estimator, settings.dtype, settings.max_length, batch_tokens, memory)
+    numbers = settings.dtype, settings.state_dtype
+    plan = plan_memory(Shape.of(model), estimator, numbers, settings.max_length, batch_tokens, memory)
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
     plan.check(host_memory_limit())
     return plan.placement

@@ -27,6 +27,7 @@ from montessori_core.influence.reference_state import ReferenceState, shared_sta
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.models.chat import Encoded
+from montessori_core.models.linear_layers import cast_linear_layers_
 
 
 class LinearMeter:
@@ -46,26 +47,26 @@ class LinearMeter:
         reduction: str = "example",
         mixed: bool = False,
         typical_tokens: float | None = None,
-        batch_tokens: int = 2048,
         shared: Path | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Read what other workers measured on the reference set, or measure it.
 
         Args:
             model: the student.
             open_student: returns the student with its moments, for the first worker alone.
-            reference: the reference set.
+            reference: the reference set; a batch of examples has as many tokens as one of it.
             reduction: reduction of the reference loss, 'example' or 'token'.
-            mixed: compute the example's derivatives with bf16 activations, and keep the directions in bf16.
+            mixed: compute the example's derivatives with bf16 activations; directions and linear layers are in bf16.
             typical_tokens: see `ResidentStudent`.
-            batch_tokens: tokens of a batch of examples, padding included; a longer example is alone in its batch.
             shared: folder of workers with the same student, reference set and settings, see `shared_state`.
+            state_dtype: what directions and rows of tokens are kept in. None: that of the weights, or bf16 if `mixed`.
 
         Raises:
             DataError: the student's loss on the reference set is not finite.
         """
         self._reference, self._mixed, self._typical_tokens = reference, mixed, typical_tokens
-        self._batch_tokens, self._device = batch_tokens, next(model.parameters()).device
+        self._device = next(model.parameters()).device
         self._losses = TokenLosses(model.eval())
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -76,10 +77,12 @@ class LinearMeter:
         self.student_loss, self.noise_floor = state.student_loss, state.noise_floor
         self.null_step_influence, _ = influence_of(state.student_loss, state.null_step_loss, reduction)
         assert state.gradient is not None
-        dtype = torch.bfloat16 if mixed else next(model.parameters()).dtype
+        if mixed:
+            cast_linear_layers_(model)
+        dtype = state_dtype or (torch.bfloat16 if mixed else next(model.parameters()).dtype)
+        parts = state.gradient.full, state.gradient.half
         self._directions = {
-            name: [as_matrix(part[name]).to(self._device, dtype) for part in (state.gradient.full, state.gradient.half)]
-            for name in self._parameters
+            name: [as_matrix(part.pop(name)).to(self._device, dtype) for part in parts] for name in self._parameters
         }
         self._token_rows = {name: rows.to(self._device, dtype) for name, rows in state.gradient.rows.items()}
         self._separable = True
@@ -87,7 +90,7 @@ class LinearMeter:
     def batches(self, examples: Sequence[Encoded]) -> list[list[int]]:
         """Return the indices of the examples of each batch: examples of similar length."""
         lengths = [len(example.input_ids) for example in examples]
-        return group_by_length(lengths, range(len(examples)), self._batch_tokens)
+        return group_by_length(lengths, range(len(examples)), self._reference.batch_tokens)
 
     def measure_batch(self, examples: Sequence[Encoded]) -> list[Measurement]:
         """Measure examples in one pass; others change a result by rounding error only.

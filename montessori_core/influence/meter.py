@@ -114,7 +114,9 @@ class InfluenceMeter:
         self.noise_floor, self.reference_gradient = state.noise_floor, state.gradient
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
         if state.gradient is not None:
-            student.drop_snapshot()
+            student.end_steps()
+            student.settle(state.gradient.full, "reference gradient")
+            student.settle(state.gradient.half, "half gradient")
 
     def measure(self, example: Encoded, report: Report = lambda share: None) -> Measurement:
         """Measure one example and restore the student.

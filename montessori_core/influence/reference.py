@@ -84,11 +84,17 @@ def random_order(count: int) -> list[int]:
 
 
 class ReferenceSet:
-    """Encoded reference examples in length-sorted batches, resident on a device."""
+    """Encoded reference examples in length-sorted batches, resident on a device.
+
+    Attributes:
+        batches: of all examples.
+        batch_tokens: limit of a batch, padding included; a longer example is alone in its batch.
+        tokens: response tokens of each example, in fp64.
+    """
 
     def __init__(self, examples: Sequence[Encoded], batch_tokens: int, device: torch.device) -> None:
-        """`batch_tokens` limits a batch, padding included; a longer example is alone in its batch."""
-        self._examples, self._device, self._batch_tokens = examples, device, batch_tokens
+        """Batch the examples; see the attributes."""
+        self._examples, self._device, self.batch_tokens = examples, device, batch_tokens
         self.batches = self.batched(range(len(examples)))
         self.tokens = torch.tensor([example.response_tokens for example in examples], dtype=torch.float64)
 
@@ -103,7 +109,7 @@ class ReferenceSet:
     def batched(self, indices: Sequence[int]) -> list[Batch]:
         """Return batches of the examples at `indices`."""
         lengths = [len(example.input_ids) for example in self._examples]
-        groups = group_by_length(lengths, indices, self._batch_tokens)
+        groups = group_by_length(lengths, indices, self.batch_tokens)
         return [make_batch([(i, self._examples[i]) for i in group], self._device) for group in groups]
 
     def evaluate(self, losses: TokenLosses, report: Report = lambda done: None) -> Loss:

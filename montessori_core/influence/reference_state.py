@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from montessori_core.errors import DataError
 from montessori_core.files import commit
-from montessori_core.influence.projections import AlongDirections, Direction
+from montessori_core.influence.projections import AlongDirections
 from montessori_core.influence.reference import Loss, ReferenceSet, rounding_noise
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
@@ -29,14 +29,14 @@ class ReferenceGradient:
     """The gradient of the reference loss at the null step; for a linear step, `AdamW.linear_direction` of it.
 
     Attributes:
-        full: of all reference examples, by parameter.
+        full: of all reference examples, by parameter, see `ResidentStudent.keep`.
         half: the part of a random half of them, in bf16; for the standard error.
         null_projections: <gradient, null step> of both; zero for a linear step, which is relative to the null step.
         rows: of tokens, by parameter; for a linear step.
     """
 
-    full: Direction
-    half: Direction
+    full: dict[str, torch.Tensor]
+    half: dict[str, torch.Tensor]
     null_projections: list[float]
     rows: Mapping[str, TokenRows]
 
@@ -164,15 +164,16 @@ def _measure_gradient(
     # A pass adds one n-th of each of its examples' gradients, which are nearly orthogonal: n times the sum of the squares of
     # all passes is about the mean square of an example.
     square_weight = float(len(reference)) if estimator == "linear" else 0.0
-    full, moments = student.zeros(), student.moments_of_tokens()
-    student.add_gradients(lambda: add_losses(first), full, square_weight)
-    half = student.copy_in_bf16(full)
-    student.add_gradients(lambda: add_losses(second), full, square_weight)
+    sums, moments = student.zeros(), student.moments_of_tokens()
+    student.add_gradients(lambda: add_losses(first), sums, square_weight)
+    half = student.copy_in_bf16(sums)
+    student.add_gradients(lambda: add_losses(second), sums, square_weight)
     loss = Loss(summed, reference.tokens)
     if estimator == "linear":
-        rows = student.token_rows(moments, full, half)
-        student.linearise_(full)
+        rows = student.token_rows(moments, sums, half)
+        student.linearise_(sums)
         student.linearise_(half)
-        return loss, ReferenceGradient(full, half, [0.0, 0.0], rows)
+        return loss, ReferenceGradient(sums, half, [0.0, 0.0], rows)
+    full = student.keep(sums)
     null_projections = student.project_null_step(AlongDirections([full, half])).tolist()
     return loss, ReferenceGradient(full, half, null_projections, {})

@@ -28,7 +28,7 @@ def open_steps(settings: programs.StepProjection, inputs: Mapping[str, Path]) ->
     """
     tokenizer, model = load_student(settings, inputs)
     student = resident_student(model, settings, inputs, "steps", settings.max_length)
-    student.drop_snapshot()
+    student.end_steps()
     directions = student.random_directions(settings.numbers)
     null_step = student.project_null_step(directions)
 

@@ -20,16 +20,19 @@ from montessori_core.influence.host_memory import pinned_tensors
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.influence.projections import Direction, Projection, RandomDirections, as_matrix
 from montessori_core.influence.token_rows import TokenRows
+from montessori_core.models.linear_layers import cast_linear_layers_
 from montessori_core.training.moments import Moments, number_type, weights_checksums
 
-Home = Literal["device", "host"]
+Home = Literal["device", "host", "host, then device"]
+"""The last is in host memory until the reference set is measured."""
 Placement = Mapping[str, Home]
-"""Home of 'first moment', 'second moment', 'snapshot', 'reference gradient' and 'half gradient'."""
+"""Home of each kind of tensor; 'gradient sum' becomes the reference gradient, see `ResidentStudent.keep`."""
 
 ON_DEVICE: Placement = {
     "first moment": "device",
     "second moment": "device",
     "snapshot": "device",
+    "gradient sum": "device",
     "reference gradient": "device",
     "half gradient": "device",
 }
@@ -68,6 +71,7 @@ class ResidentStudent:
         mixed: bool = False,
         placement: Placement = ON_DEVICE,
         typical_tokens: float | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Take over `model`, which is on `device` and has the dtype of the steps.
 
@@ -80,20 +84,25 @@ class ResidentStudent:
             placement: home of moments, snapshot and gradients.
             typical_tokens: response tokens of an example whose weight is that of `adamw`; the weight of others is in
                 proportion to their response tokens. None: all have the same weight.
+            state_dtype: what moments and reference gradients are kept in; arithmetic is in the dtype of the weights, at
+                least fp32 for projections. None: that of the weights.
 
         Raises:
             DataError: the moments belong to another model.
         """
-        self.device, self.losses = device, TokenLosses(model.eval())
+        self.device, self.losses, self._model = device, TokenLosses(model.eval()), model
         self._adamw, self._mixed, self._placement = adamw, mixed, placement
-        self._typical_tokens = typical_tokens
+        self._typical_tokens, self._state_dtype = typical_tokens, state_dtype
         self.parameters: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         _check_moments(moments, self.parameters)
         self._unused: dict[str, dict[str, torch.Tensor]] = {}  # pinned memory, by kind and parameter
         self._first, self._second = (
-            {name: self.place(tensors[name].to(p.dtype), kind, name) for name, p in self.parameters.items()}
+            {
+                name: self.place(tensors[name].to(state_dtype or p.dtype), kind, name)
+                for name, p in self.parameters.items()
+            }
             for tensors, kind in ((moments.first, "first moment"), (moments.second, "second moment"))
         )
         self._snapshot = {n: self.place(p.detach().clone(), "snapshot", n) for n, p in self.parameters.items()}
@@ -196,8 +205,16 @@ class ResidentStudent:
         return total.cpu()
 
     def zeros(self) -> dict[str, torch.Tensor]:
-        """Return zeros in the shape of the trained parameters, to add gradients to."""
-        return {n: self.place(torch.zeros_like(p), "reference gradient", n) for n, p in self.parameters.items()}
+        """Return zeros in the shape and dtype of the trained parameters, to add gradients to."""
+        kind = "gradient sum" if self._state_dtype else "reference gradient"
+        return {name: self.place(torch.zeros_like(p), kind, name) for name, p in self.parameters.items()}
+
+    def keep(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return added-up reference gradients as they are kept, see `state_dtype`; take them out of `sums`."""
+        dtype = self._state_dtype
+        if dtype is None:
+            return sums
+        return {name: self.place(sums.pop(name).to(dtype), "reference gradient", name) for name in list(sums)}
 
     def add_gradients(
         self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor], square_weight: float = 0.0
@@ -264,16 +281,26 @@ class ResidentStudent:
         tensor = tensor.contiguous()
         if self._placement[kind] == "device":
             return tensor.to(self.device)
-        if self.device.type == "cpu":
+        stays = self._placement[kind] == "host" and kind != "gradient sum"
+        if self.device.type == "cpu" or not stays:  # pinned memory is not freed
             return tensor.cpu()
-        if not self._unused.get(kind):
-            dtypes = {n: torch.bfloat16 if kind == "half gradient" else p.dtype for n, p in self.parameters.items()}
-            self._unused[kind] = pinned_tensors({n: (p.shape, dtypes[n]) for n, p in self.parameters.items()})
+        if not self._unused.get(kind):  # all tensors of a kind have one dtype
+            self._unused[kind] = pinned_tensors({n: (p.shape, tensor.dtype) for n, p in self.parameters.items()})
         return self._unused[kind].pop(name).copy_(tensor)
 
-    def drop_snapshot(self) -> None:
-        """Free the snapshot. The student can take no further step."""
+    def end_steps(self) -> None:
+        """Free what only steps need: the snapshot and, in mixed precision, linear layers in fp32. Then move the moments."""
         self._snapshot.clear()
+        if self._mixed:
+            cast_linear_layers_(self._model)
+        self.settle(self._first, "first moment")
+        self.settle(self._second, "second moment")
+
+    def settle(self, tensors: dict[str, torch.Tensor], kind: str) -> None:
+        """Move tensors of a kind to where they stay while examples are measured; call it after `end_steps`."""
+        if self._placement[kind] == "host, then device":
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(self.device)
 
     def _relative_weight(self, batch: Batch) -> float:
         """Return the weight of a batch of one example, relative to that of the step."""

@@ -16,6 +16,7 @@ class Shape:
         largest: elements of the largest trained tensor.
         layers, hidden, intermediate, vocabulary: dimensions of the architecture.
         looked_up: elements of embeddings that are not the vocabulary projection, too.
+        linear: elements of `parameters_of_linear_layers`.
         token_rows: trained elements of embeddings and vocabulary projection.
     """
 
@@ -27,6 +28,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     looked_up: int
+    linear: int
     token_rows: int
 
     @property
@@ -37,6 +39,10 @@ class Shape:
     @staticmethod
     def of(model: Any) -> "Shape":
         """Return the shape of a model, which may be on the meta device."""
+        from montessori_core.models.linear_layers import (
+            parameters_of_linear_layers,  # with torch, which the driver lacks
+        )
+
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
         config = causal_lm.config.get_text_config()
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -51,5 +57,6 @@ class Shape:
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             vocabulary=config.vocab_size,
             looked_up=sum(table.numel() for table in tables[1:]),
+            linear=sum(p.numel() for p in parameters_of_linear_layers(model)),
             token_rows=sum(table.numel() for table in tables if table.requires_grad),
         )

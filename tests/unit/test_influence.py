@@ -347,6 +347,55 @@ def test_measurement_does_not_depend_on_batch(warm: Any, tiny_llama: Path, mixed
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_state_in_16_bits_keeps_influence(warm: Any, tiny_llama: Path, estimator: Any) -> None:
+    """Moments and reference gradient have relative errors of 1/512 at most; most cancel against the null step."""
+    found = {}
+    for dtype in (None, torch.bfloat16):
+        student = ResidentStudent(copy_of(warm, tiny_llama), warm[1], STEP, CPU, state_dtype=dtype)
+        meter = InfluenceMeter(student, ReferenceSet(REFERENCE, 128, CPU), estimator)
+        assert meter.reference_gradient is None or (
+            {part.dtype for part in meter.reference_gradient.full.values()} == {dtype or torch.float32}
+        )
+        found[dtype] = [meter.measure(example).influence_null_step for example in PROBING]
+    exact, rounded = (torch.tensor(values) for values in found.values())
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 0.01 * exact.std()
+
+
+@pytest.mark.parametrize("estimator", ["first_order", "linear"])
+def test_mixed_precision_casts_linear_layers_once(
+    warm: Any, tiny_llama: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once no step is taken any more; each pass would cast them to the same bits."""
+    found = []
+    for cast in (True, False):
+        if not cast:
+            monkeypatch.setattr("montessori_core.models.linear_layers.parameters_of_linear_layers", lambda model: [])
+        model = copy_of(warm, tiny_llama)
+        student = ResidentStudent(model, warm[1], replace(STEP, example_weight=1 / 32), CPU, mixed=True)
+        reference = ReferenceSet(REFERENCE, 128, CPU)
+        meter: Any = (
+            LinearMeter(model, lambda student=student: student, reference, mixed=True)
+            if estimator == "linear"
+            else InfluenceMeter(student, reference, "first_order")
+        )
+        layer = model.model.layers[0].mlp.up_proj.weight
+        assert layer.dtype == (torch.bfloat16 if cast else torch.float32)
+        assert model.get_input_embeddings().weight.dtype == torch.float32
+        found.append(meter.measure_batch(PROBING))
+    assert found[0] == found[1]
+
+
+def test_linear_keeps_directions_in_16_bits(warm: Any, tiny_llama: Path) -> None:
+    exact, rounded = (
+        torch.tensor([m.influence_null_step for m in linear_meter(warm, tiny_llama, **options).measure_batch(PROBING)])
+        for options in ({}, {"state_dtype": torch.bfloat16})
+    )
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 0.01 * exact.std()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
 def test_second_worker_reads_reference_state(
     warm: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
@@ -559,7 +608,7 @@ def test_moments_survive_round_trip_and_foreign_ones_fail(warm: Any, tiny_llama:
 def linear_meter(warm: Any, tiny_llama: Path, weight: float = 1 / 32, **options: Any) -> LinearMeter:
     model = copy_of(warm, tiny_llama)
     opened = options.pop("opened", lambda: ResidentStudent(model, warm[1], replace(STEP, example_weight=weight), CPU))
-    return LinearMeter(model, opened, ReferenceSet(REFERENCE, 128, CPU), **options)
+    return LinearMeter(model, opened, ReferenceSet(REFERENCE, options.pop("batch_tokens", 128), CPU), **options)
 
 
 def test_linear_agrees_with_exact_at_small_weights(warm: Any, tiny_llama: Path) -> None:
