@@ -5,12 +5,16 @@ last bit in fp32. Tensors are processed in chunks: on a CPU a chunk stays in the
 it bounds the copies from host memory. All operations are elementwise, so chunking changes no bit.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+log = logging.getLogger(__name__)
 
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 25}
@@ -120,13 +124,10 @@ class AdamW:
             in which (1 - beta2) (w g)^2 exceeds beta2 v.
         """
         past, past_square, epsilon, length = self.scaled(first, second)
-        own_square = torch.empty_like(past_square)
+        step_of = fused_step() if first.is_cuda else _step_in_cache
         sums = []
         for gradient in gradients:
-            torch.mul(gradient, gradient, out=own_square)
-            norm, denominator = own_square.sum(), own_square + past_square
-            dominated = torch.gt(own_square, past_square, out=own_square).sum()
-            step = (past + gradient).div_(denominator.sqrt_().add_(epsilon))
+            step, norm, dominated = step_of(gradient, past, past_square, epsilon)
             sums.append(torch.cat([projected(step), torch.stack([norm, dominated])]))
         total = torch.stack(sums).double()
         total[:, :-2] *= -length
@@ -175,6 +176,41 @@ class AdamW:
         if tally is not None:
             tally.add(g, past, denominator)
         return numerator, denominator.sqrt_().div_((1 - self.beta2**self.step) ** 0.5).add_(self.epsilon)
+
+
+def step_with_counts(
+    gradient: torch.Tensor, past: torch.Tensor, past_square: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a step without its length, see `ScaledMoments`, and what `AdamW.project` counts of its gradient."""
+    own_square = gradient * gradient
+    step = (past + gradient) / ((own_square + past_square).sqrt() + epsilon)
+    return step, own_square.sum(), (own_square > past_square).to(gradient.dtype).sum()
+
+
+@cache
+def fused_step() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return `step_with_counts` as one kernel on the GPU: several would read and write memory four times as much.
+
+    Where it cannot be compiled (Triton needs a C compiler on the node), it is as it is written.
+    """
+    compiled = torch.compile(step_with_counts, dynamic=True)
+    try:
+        ones = torch.ones(1024, device="cuda")
+        compiled(ones, ones, ones, 1e-8)
+    except Exception as error:
+        log.warning("first order takes longer on this node, because its step cannot be compiled: %s", error)
+        return step_with_counts
+    return compiled
+
+
+def _step_in_cache(
+    gradient: torch.Tensor, past: torch.Tensor, past_square: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do the same as `step_with_counts` in fewer buffers, which stay in the cache of a CPU."""
+    own_square = gradient * gradient
+    norm, denominator = own_square.sum(), own_square + past_square
+    dominated = torch.gt(own_square, past_square, out=own_square).sum()
+    return (past + gradient).div_(denominator.sqrt_().add_(epsilon)), norm, dominated
 
 
 def _values(scalars: list[torch.Tensor]) -> list[float]:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from montessori_core.influence import (
     SequentialReference,
 )
 from montessori_core.influence import losses as losses_module
+from montessori_core.influence.adamw import step_with_counts
 from montessori_core.influence.gradients import GradientCapture
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
@@ -360,6 +362,23 @@ def test_state_in_16_bits_keeps_influence(warm: Any, tiny_llama: Path, estimator
     exact, rounded = (torch.tensor(values) for values in found.values())
     assert not torch.equal(exact, rounded)
     assert (exact - rounded).abs().max() < 0.01 * exact.std()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_step_agrees_with_project() -> None:
+    """The kernel for GPUs, compiled for the CPU."""
+    compiled = torch.compile(step_with_counts, dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 1000, 1 << 17):
+        gradient, first = torch.randn(2, size, generator=generator)
+        second = torch.rand(size, generator=generator) / 100
+        expected = STEP.project([gradient], first, second, lambda step: step)[0]
+        past, past_square, epsilon, length = STEP.scaled(first, second)
+        step, norm, dominated = compiled(gradient, past, past_square, epsilon)
+        torch.testing.assert_close(step.double() * -length, expected[:-2], rtol=1e-5, atol=1e-12)
+        assert norm.item() == pytest.approx(expected[-2].item(), rel=1e-5)
+        assert dominated.item() == expected[-1].item()
 
 
 @pytest.mark.parametrize("estimator", ["first_order", "linear"])
