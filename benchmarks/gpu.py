@@ -1,6 +1,6 @@
 """Check influence and training on a GPU and measure their speed, on a machine with CUDA.
 
-    python benchmarks/gpu.py [--minutes 14] [--out FILE] [--student DIR] [--shapes 8b 1b 135m] [--dtypes bfloat16 mixed]
+    python benchmarks/gpu.py [--minutes 14] [--out FILE] [--student DIR] [--shapes 8b 1b 135m] [--dtypes mixed bfloat16]
 
 Each step is a program of this folder in a process of its own, so that it has the whole GPU and a failure ends only this step.
 The most wanted come first: the first of --shapes in the first of --dtypes; the checks; the other shapes; generation; the
@@ -76,7 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="Markdown file to append the section to")
     parser.add_argument("--student", type=Path, help="model folder for the checks (default: the embedded model)")
     parser.add_argument("--shapes", nargs="+", default=["8b", "1b", "135m"], help="students with random weights")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "mixed"], help="their numbers")
+    parser.add_argument("--dtypes", nargs="+", default=["mixed", "bfloat16", "float32"], help="their numbers")
+    parser.add_argument("--states", nargs="+", default=["bfloat16"], help="what moments and gradients are kept in")
     parser.add_argument("--estimators", nargs="+", default=["linear", "first_order", "exact"])
     parser.add_argument("--references", type=int, default=256, help="number of reference examples")
     parser.add_argument("--allow-cpu", action="store_true", help="also run without a GPU, to test these programs")
@@ -92,7 +93,8 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
     def students(shapes: list[str], dtypes: list[str]) -> list[Step]:
         if not shapes or not dtypes:
             return []
-        options = ("--shapes", *shapes, "--dtypes", *dtypes, "--estimators", *arguments.estimators, *references)
+        options = ("--shapes", *shapes, "--dtypes", *dtypes, "--states", *arguments.states)
+        options = (*options, "--estimators", *arguments.estimators, *references)
         title = f"Students with random weights: {', '.join(shapes)} in {', '.join(dtypes)}"
         return [Step(title, "influence_shapes.py", options)]
 

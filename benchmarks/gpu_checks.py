@@ -72,10 +72,13 @@ class WarmStudent:
         model.load_state_dict(self.weights, strict=False)
         return model.to(device)
 
-    def resident(self, model: Any, device: torch.device, weight: float = 1.0) -> ResidentStudent:
+    def resident(
+        self, model: Any, device: torch.device, weight: float = 1.0, state_dtype: torch.dtype | None = None
+    ) -> ResidentStudent:
         """Return the student, whose step gives an example this weight."""
         moments = Moments(dict(self.moments.first), dict(self.moments.second), self.moments.step)
-        return ResidentStudent(model, moments, AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1, weight), device)
+        adamw = AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1, weight)
+        return ResidentStudent(model, moments, adamw, device, state_dtype=state_dtype)
 
     def measure(
         self,
@@ -84,14 +87,15 @@ class WarmStudent:
         estimator: Literal["exact", "first_order"] = "exact",
         weight: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
     ) -> list[float]:
         """Return the influence of each example on a new copy of the student, nats."""
-        student = self.resident(self.model(device, dtype), device, weight)
+        student = self.resident(self.model(device, dtype), device, weight, state_dtype)
         return measure_all(InfluenceMeter(student, ReferenceSet(self.reference, 1024, device), estimator), examples)
 
     def measure_together(self, device: torch.device, examples: Sequence[Encoded], weight: float) -> list[float]:
         """Return the influence of each example with a linear step, all in one batch, nats."""
-        model, reference = self.model(device), ReferenceSet(self.reference, 1024, device)
+        model, reference = self.model(device), ReferenceSet(self.reference, 1 << 14, device)
         meter = LinearMeter(model, lambda: self.resident(model, device, weight), reference)
         return list(map(influence_of, meter.measure_batch(examples)))
 
@@ -174,6 +178,8 @@ def check_influence(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
     yield agreement("the device agrees with the CPU, fp32", influence[:4], on_cpu, spread, 0.01)
     first_order = warm.measure(device, warm.probing, "first_order")
     yield agreement("first order agrees with exact", first_order, influence, spread, 0.25)
+    rounded = warm.measure(device, warm.probing, "first_order", state_dtype=torch.bfloat16)
+    yield agreement("first order with its state in 16 bits agrees", rounded, first_order, spread, 0.01)
     light = warm.measure(device, warm.probing, "first_order", LIGHT)
     linear = warm.measure_together(device, warm.probing, LIGHT)
     yield agreement("linear agrees with first order at weight 1/32", linear, light, max(light) - min(light), 0.25)

@@ -139,7 +139,9 @@ def measure(
     seconds = min(timed(run, device) for _ in range(2)) / len(examples)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     speed, reference_speed = speeds[multiplied_type(dtype)], speeds[weights_type(dtype)]
-    floor = floor_seconds(shape, estimator, arguments, len(examples), model.dtype.itemsize, speed, reference_speed)
+    passes_width = 2 if mixed and estimator != "exact" else model.dtype.itemsize
+    widths = passes_width, 2 if state_dtype or (mixed and estimator == "linear") else model.dtype.itemsize
+    floor = floor_seconds(shape, estimator, arguments, len(examples), widths, speed, reference_speed)
     return [f"{opening:.1f}", f"{seconds:.3f}", f"{floor:.3f}", f"{peak:.1f}"]
 
 
@@ -148,7 +150,7 @@ def floor_seconds(
     estimator: str,
     arguments: argparse.Namespace,
     together: int,
-    width: int,
+    widths: tuple[int, int],
     speed: Speed,
     reference_speed: Speed,
 ) -> float:
@@ -162,15 +164,20 @@ def floor_seconds(
         estimator: which of these.
         arguments: numbers of tokens and reference examples.
         together: examples that are measured together.
-        width: bytes of a weight.
+        widths: bytes of a weight in the passes over an example, and of a number of directions or moments.
         speed: of the passes over the example.
         reference_speed: of passes over the reference set, which compute in the type of the weights.
     """
-    passes, reads = {"linear": (8, 3 / together), "first_order": (6, 5 / together), "exact": (6, 6)}[estimator]
+    passes, weights, state = {
+        "linear": (8, 1 / together, 2 / together),
+        "first_order": (6, 1 / together, 4 / together),
+        "exact": (6, 4, 2),
+    }[estimator]
     seconds = passes * shape.parameters * arguments.tokens / speed.flops
     if estimator == "exact":
         seconds += 2 * shape.parameters * 135 * arguments.references / reference_speed.flops
-    return float(max(seconds, reads * width * shape.parameters / speed.bytes))
+    read = (weights * widths[0] + state * widths[1]) * shape.parameters
+    return float(max(seconds, read / speed.bytes))
 
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -104,11 +104,11 @@ def test_most_wanted_students_come_first(gpu: Any, monkeypatch: pytest.MonkeyPat
     steps = gpu.steps(gpu.parse_arguments())
     students = [step for step in steps if step.script == "influence_shapes.py"]
     assert [step.title.partition(": ")[2] for step in students] == [
-        "8b in bfloat16",
-        "1b, 135m in bfloat16",
-        "8b in float32, mixed",
-        "1b in float32, mixed",
-        "135m in float32, mixed",
+        "8b in mixed",
+        "1b, 135m in mixed",
+        "8b in bfloat16, float32",
+        "1b in bfloat16, float32",
+        "135m in bfloat16, float32",
     ]
     assert steps.index(students[0]) == 1
     assert all(step.options[-4:] == ("--estimators", "exact", "--references", "8") for step in students)
@@ -190,11 +190,12 @@ def test_mixed_floor_has_reference_passes_in_fp32(shapes: Any) -> None:
         intermediate=1,
         vocabulary=1,
         looked_up=0,
+        linear=10,
         token_rows=0,
     )
     fast, slow = shapes.Speed(100.0, 1e12), shapes.Speed(2.0, 1e12)
     arguments = Namespace(tokens=5, references=2)
-    seconds = shapes.floor_seconds(shape, "exact", arguments, 1, 4, fast, slow)
+    seconds = shapes.floor_seconds(shape, "exact", arguments, 1, (4, 4), fast, slow)
     assert seconds == pytest.approx(6 * 10 * 5 / 100 + 2 * 10 * 135 * 2 / 2)
 
 
