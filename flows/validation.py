@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, opened_inputs
+from flows.influence import MeasurementStages, compute_parts
+from flows.measurement import Inputs, Measurement, opened_inputs
 from montessori_core import programs
 from montessori_core.config import DataSource, Influence, Optimization, Warmup, Zero
 from montessori_core.config.influence import LARGEST_LINEAR_WEIGHT

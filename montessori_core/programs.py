@@ -229,6 +229,14 @@ DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "te
 INFLUENCE = Program(
     "influence", 3, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
 )
+INFLUENCE_BY_TARGET = Program(
+    "influence-by-target",
+    1,
+    f"{_CORE}.influence.target_jobs:open_targets",
+    InfluenceMeasurement,
+    rows.ExampleRow,
+    "influence",
+)
 STEPS = Program("steps", 1, f"{_CORE}.influence.step_jobs:open_steps", StepProjection, rows.ExampleRow, "influence")
 REFERENCE_PROJECTION = Program(
     "reference-projection",

@@ -37,6 +37,16 @@ Reference = Annotated[
         f"'builtin/maths'. {_DATA_SET}"
     ),
 ]
+References = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference",
+        help=f"Reference set, examples of what the student should get better at: {DATA_HELP} Or 'builtin', or e.g. "
+        f"'builtin/maths'. {_DATA_SET} Given several times, one pass measures the examples on all sets, to first order, and "
+        "each set gets a table: OUT-NAME.parquet.",
+        show_default="builtin",
+    ),
+]
 WEIGHT_PER = (
     "What has the weight --example-weight: example, the mean loss of every example (Eq. 1); or token: examples with more "
     "response tokens weigh more, as in a training batch."
@@ -113,7 +123,7 @@ def influence(
     student: StudentOption,
     examples: Examples,
     out: TableFile,
-    reference: Reference = "builtin",
+    reference: References = None,
     warm_state: WarmState = None,
     estimator: EstimatorName = "screened",
     screen: ScreenName = "first_order",
@@ -144,7 +154,8 @@ def influence(
     """
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the table is a Parquet file; its name must end in .parquet")
-    from flows.influence import Measurement, Store, measure_influence
+    from flows.influence import measure_influence
+    from flows.measurement import Measurement, Store
 
     options = {
         "estimator": estimator,
@@ -157,19 +168,21 @@ def influence(
         "screening": {"audit_examples": audit_examples, "estimator": screen},
         "sequential": None if sequential is None else {"error_rate": sequential},
     }
+    first, *others = (data_source(source, "--reference") for source in reference or ["builtin"])
     measurement = Measurement(
         student=student_with_template(student, max_length, chat_template, chat_template_kwargs),
         warm_state=warm_state,
         examples=data_source(examples, "--examples", instruction_field=instruction_field, output_field=response_field),
-        reference=data_source(reference, "--reference"),
+        reference=first,
+        targets=tuple(others),
         settings=parse_options(options),
         baseline=check_baseline(baseline),
         cluster=cluster_or_device(cluster, device),
         store=Store(store.resolve(), store_numbers) if store else None,
     )
-    measure_influence(measurement, out, sys.argv[1:])
-    print_influence(read_table(out, INFLUENCE), baseline)
-    console.print(f"table: {out}", soft_wrap=True)
+    for table in measure_influence(measurement, out, sys.argv[1:]):
+        print_influence(read_table(table, INFLUENCE), baseline)
+        console.print(f"table: {table}", soft_wrap=True)
 
 
 def parse_options(options: dict[str, Any]) -> Influence:

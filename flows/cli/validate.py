@@ -116,7 +116,7 @@ def validate(
     To resume after an interruption, run the same command again.
     """
     _check_options(out, leave_out)
-    from flows.influence import Measurement
+    from flows.measurement import Measurement
     from flows.validation import Validation
 
     options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}

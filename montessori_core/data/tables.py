@@ -122,6 +122,10 @@ INFLUENCE = _schema(
     ),
 )
 
+INFLUENCE_BY_TARGET = _schema(
+    "influence_by_target", 1, _field("target", _WHOLE, "number of the reference set, from 0"), *INFLUENCE
+)
+
 STEPS = _schema(
     "steps",
     1,

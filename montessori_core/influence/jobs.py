@@ -16,7 +16,7 @@ from montessori_core.influence.host_memory import host_memory_limit
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import Planned, plan_memory
-from montessori_core.influence.meter import InfluenceMeter, Measurement
+from montessori_core.influence.meter import FirstOrder, InfluenceMeter, Measurement
 from montessori_core.influence.reference import ReferenceSet, open_reference
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
@@ -46,12 +46,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
         tokenizer, inputs["reference"], settings.max_length, settings.reference_batch_tokens, device
     )
     meter = _open_meter(settings, model, reference, inputs)
-    measured = {
-        "noise_floor": meter.noise_floor,
-        "null_step_influence": meter.null_step_influence,
-        "student_loss": meter.student_loss.reduce(settings.reference_reduction),
-        "reference_tokens": float(reference.input_tokens),
-    }
+    notes = notes_of(meter, reference, settings)
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
@@ -70,7 +65,21 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
             return [meter.measure(batch[0], lambda share: recorder.progress(done + share))]
         return meter.measure_batch(batch)
 
-    return RowProgram(schema_with_metadata(measured), compute)
+    return RowProgram(schema_with_metadata(notes), compute)
+
+
+def notes_of(
+    meter: InfluenceMeter | LinearMeter | FirstOrder,
+    reference: ReferenceSet,
+    settings: programs.InfluenceMeasurement,
+) -> dict[str, float]:
+    """Return the numbers that are recorded with an influence table, see `table.NOTES`."""
+    return {
+        "noise_floor": meter.noise_floor,
+        "null_step_influence": meter.null_step_influence,
+        "student_loss": meter.student_loss.reduce(settings.reference_reduction),
+        "reference_tokens": float(reference.input_tokens),
+    }
 
 
 def consecutive(examples: Sequence[Encoded], most_tokens: int) -> list[list[int]]:
@@ -151,6 +160,7 @@ def resident_student(
     estimator: Planned,
     batch_tokens: int,
     typical_tokens: float | None = None,
+    targets: int = 1,
 ) -> ResidentStudent:
     """Return the student with its moments, those of the input `moments` or zeros; see `ResidentStudent`.
 
@@ -161,10 +171,11 @@ def resident_student(
         estimator: what is measured, which decides what is in memory.
         batch_tokens: tokens of a batch of reference examples.
         typical_tokens: see `ResidentStudent`.
+        targets: number of reference sets.
     """
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     adamw = AdamW(step=moments.step + 1, **settings.step.model_dump(exclude={"weight_per"}))
-    placement, mixed = _placement(model, settings, estimator, batch_tokens), settings.dtype == "mixed"
+    placement, mixed = _placement(model, settings, estimator, batch_tokens, targets), settings.dtype == "mixed"
     # A linear step adds up squares in the second moment, which takes fp32; and only its directions stay in memory.
     state_dtype = None if estimator == "linear" else _state_dtype(settings)
     return ResidentStudent(model, moments, adamw, model.device, mixed, placement, typical_tokens, state_dtype)
@@ -175,7 +186,7 @@ def _state_dtype(settings: StepSettings) -> torch.dtype | None:
     return torch.bfloat16 if settings.state_dtype == "bfloat16" and settings.dtype != "bfloat16" else None
 
 
-def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tokens: int) -> Placement:
+def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tokens: int, targets: int) -> Placement:
     """Return where moments, snapshot and reference gradient go, given the device's memory.
 
     Raises:
@@ -185,7 +196,7 @@ def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tok
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(model.device)
     numbers = settings.dtype, settings.state_dtype
-    plan = plan_memory(Shape.of(model), estimator, numbers, settings.max_length, batch_tokens, memory)
+    plan = plan_memory(Shape.of(model), estimator, numbers, settings.max_length, batch_tokens, memory, targets)
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
     plan.check(host_memory_limit())
     return plan.placement

@@ -40,6 +40,7 @@ _HOST_REMEDY = (
 
 _ACTIVATIONS, _BF16_COPIES, _WRITTEN = "activations", "bf16 copies, beyond these", "copy of gradients, to write them"
 _DIRECTIONS = "directions and rows of tokens"
+_OF_TARGETS = ("reference gradient", "half gradient")
 _AT_MOST = (_ACTIVATIONS, _BF16_COPIES, _WRITTEN)
 """Needs that the longest example or the first worker alone has."""
 
@@ -129,6 +130,7 @@ def plan_memory(
     max_length: int,
     reference_batch_tokens: int,
     device_limit: int,
+    targets: int = 1,
 ) -> MemoryPlan:
     """Plan the memory of one worker: the first of a stage, which also measures the reference set.
 
@@ -141,6 +143,7 @@ def plan_memory(
         max_length: tokens of the longest example.
         reference_batch_tokens: tokens of a batch of reference examples.
         device_limit: bytes of the device.
+        targets: number of reference sets.
     """
     dtype, state_dtype = numbers
     width, state_width = (2 if dtype == "bfloat16" else 4), (2 if "bfloat16" in (dtype, state_dtype) else 4)
@@ -155,14 +158,14 @@ def plan_memory(
         needs.append(Need(_DIRECTIONS, direction_width * (2 * shape.trained + 4 * rows), "device", _MEASURING))
         needs.append(Need("rows of tokens, in fp32", 4 * 4 * rows, "host"))
     for name, bytes_each, phases in _movable(estimator, width, state_width):
-        size = bytes_each * shape.trained
+        size = bytes_each * shape.trained * (targets if name in _OF_TARGETS else 1)
         fitting = [phase for phase in phases if _sum(needs, "device", phase) + size <= device_limit * USABLE]
         homes = {need.name: need.home for need in needs}
         # What is kept of a sum in host memory moves with the moments, when the snapshot is gone.
         waits = len(fitting) < len(phases) or (name == "reference gradient" and homes.get("gradient sum") == "host")
         moved: Home = "host, then device" if "measuring" in fitting else "host"
         needs.append(Need(name, size, moved if waits else "device", phases))
-    gradients = [need for need in needs if need.name in ("reference gradient", "half gradient")]
+    gradients = [need for need in needs if need.name in _OF_TARGETS]
     if copied := sum(need.size for need in gradients if need.home == "device"):  # by the first worker, for all others
         needs.append(Need(_WRITTEN, copied, "host"))
     return MemoryPlan(tuple(needs), device_limit)

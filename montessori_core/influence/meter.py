@@ -21,7 +21,7 @@ import torch
 from montessori_core.influence.losses import make_batch
 from montessori_core.influence.projections import AlongDirections
 from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of
-from montessori_core.influence.reference_state import ReferenceState, shared_state
+from montessori_core.influence.reference_state import ReferenceGradient, ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ExampleGradient, ResidentStudent
 from montessori_core.influence.table import error_by_halves
@@ -71,6 +71,51 @@ def measured_by_halves(
     return Measurement("ok", loss, null_step_influence + against_null_step, against_null_step, error)
 
 
+@dataclass(frozen=True)
+class FirstOrder:
+    """First-order influence on one reference set, from projections of steps on its gradient.
+
+    Attributes:
+        student_loss: reference loss before any step.
+        null_step_influence: influence of the null step, nats.
+        noise_floor: two standard deviations of the rounding noise of an exact influence, nats.
+        gradient: gradient of the reference loss at the null step.
+        references: number of reference examples.
+    """
+
+    student_loss: Loss
+    null_step_influence: float
+    noise_floor: float
+    gradient: ReferenceGradient
+    references: int
+
+    @staticmethod
+    def of(student: ResidentStudent, state: ReferenceState, reduction: str, references: int) -> "FirstOrder":
+        """Move the gradient of a reference set to where it stays, see `ResidentStudent.settle`."""
+        assert state.gradient is not None
+        student.settle(state.gradient.full, "reference gradient")
+        student.settle(state.gradient.half, "half gradient")
+        influence, _ = influence_of(state.student_loss, state.null_step_loss, reduction)
+        return FirstOrder(state.student_loss, influence, state.noise_floor, state.gradient, references)
+
+    def measurement(self, step: ExampleGradient, projections: Sequence[float]) -> Measurement:
+        """Return the measurement of an example.
+
+        Args:
+            step: about its step.
+            projections: of the step on the gradient and on that of a half, see `ReferenceGradient`.
+        """
+        if not all(map(math.isfinite, projections)):
+            return Measurement("non_finite", step.loss if math.isfinite(step.loss) else None)
+        against_null_step, first_half = (
+            null - projection for null, projection in zip(self.gradient.null_projections, projections, strict=True)
+        )
+        measured = measured_by_halves(
+            step.loss, against_null_step, first_half, self.null_step_influence, self.references
+        )
+        return replace(measured, gradient_norm=step.norm, dominated_share=step.dominated_share)
+
+
 class InfluenceMeter:
     """Measure influence on one student and one reference set.
 
@@ -107,6 +152,7 @@ class InfluenceMeter:
             DataError: the student's loss on the reference set is not finite.
         """
         self._student, self._reference = student, reference
+        self._first_order: FirstOrder | None = None
         self._reduction, self._sequential, self._baseline = reduction, sequential, baseline
         measure = partial(ReferenceState.measure, student, reference, estimator, reduction)
         state = shared_state(shared, student.place, measure) if shared else measure()
@@ -115,8 +161,7 @@ class InfluenceMeter:
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
         if state.gradient is not None:
             student.end_steps()
-            student.settle(state.gradient.full, "reference gradient")
-            student.settle(state.gradient.half, "half gradient")
+            self._first_order = FirstOrder.of(student, state, reduction, len(reference))
 
     def measure(self, example: Encoded, report: Report = lambda share: None) -> Measurement:
         """Measure one example and restore the student.
@@ -137,29 +182,14 @@ class InfluenceMeter:
         Each result is the same to the last bit as that of `measure`. The memory is that of the factors of all gradients, see
         `FactoredGradient`: that of a backward pass over all tokens at most.
         """
-        if self.reference_gradient is None:
+        if self._first_order is None:
             raise ValueError("measure_batch needs a meter with estimator='first_order'")
-        gradient = self.reference_gradient
+        gradient = self._first_order.gradient
         measured = [example for example in examples if example.response_tokens]
         batches = [make_batch([(0, example)], self._student.device) for example in measured]
         steps = self._student.project_steps(batches, AlongDirections([gradient.full, gradient.half]))
-        results = iter(
-            [self._first_order(step, projected.tolist(), gradient.null_projections) for step, projected in steps]
-        )
+        results = iter([self._first_order.measurement(step, projected.tolist()) for step, projected in steps])
         return [next(results) if example.response_tokens else Measurement("no_response_tokens") for example in examples]
-
-    def _first_order(
-        self, step: ExampleGradient, projections: Sequence[float], null_projections: Sequence[float]
-    ) -> Measurement:
-        if not all(map(math.isfinite, projections)):
-            return Measurement("non_finite", step.loss if math.isfinite(step.loss) else None)
-        against_null_step, first_half = (
-            null - projection for null, projection in zip(null_projections, projections, strict=True)
-        )
-        measured = measured_by_halves(
-            step.loss, against_null_step, first_half, self.null_step_influence, len(self._reference)
-        )
-        return replace(measured, gradient_norm=step.norm, dominated_share=step.dominated_share)
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         step = self._student.take_step(make_batch([(0, example)], self._student.device))

@@ -66,6 +66,27 @@ class AlongDirections:
         return lambda step: parts @ step
 
 
+@dataclass(frozen=True)
+class Together:
+    """The inner products with several sets of directions, each with the bits that it has alone."""
+
+    sets: Sequence[AlongDirections]
+
+    @property
+    def size(self) -> int:
+        """How many directions there are."""
+        return sum(along.size for along in self.sets)
+
+    def place(self, name: str) -> slice:
+        """All parameters add to the same numbers."""
+        return slice(0, self.size)
+
+    def onto(self, name: str, rows: slice, second: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """See `Projection`."""
+        projections = [along.onto(name, rows, second) for along in self.sets]
+        return lambda step: torch.cat([project(step) for project in projections])
+
+
 class _Signs(NamedTuple):
     """Random signs of one parameter, [height, rows] and [columns, width]; where its numbers are; the floor of its scale."""
 

@@ -1,7 +1,7 @@
 """The influence table: one row per example, and numbers of the student as metadata."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.data.tables import INFLUENCE, INFLUENCE_BY_TARGET, read_table
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
 """Numbers of the student that are recorded with a table: nats, and tokens of the reference set."""
@@ -31,6 +31,16 @@ def schema_with_metadata(notes: dict[str, float]) -> pa.Schema:
     """Return the schema of a table with numbers of the student: all of NOTES."""
     written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
     return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
+
+
+def schema_by_target(notes: Sequence[dict[str, float]]) -> pa.Schema:
+    """Return the schema of a table on several reference sets, with the numbers of each: all of NOTES."""
+    written = {
+        f"montessori.{number}.{name}".encode(): repr(of_target[name]).encode()
+        for number, of_target in enumerate(notes)
+        for name in NOTES
+    }
+    return INFLUENCE_BY_TARGET.with_metadata({**INFLUENCE_BY_TARGET.metadata, **written})
 
 
 def read_influence_metadata(table: pa.Table, name: str) -> float:
@@ -55,6 +65,21 @@ def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
     notes = {name: max(of_part[name] for of_part in noted) for name in NOTES}
     batches = (batch for part in parts for batch in read_table(part, INFLUENCE).to_batches())
     return pa.RecordBatchReader.from_batches(schema_with_metadata(notes), batches)
+
+
+def join_target(parts: Sequence[Path], target: int) -> pa.RecordBatchReader:
+    """Join the rows of one reference set from shards' tables on several; see `join_influence`."""
+    noted = [read_table(part, INFLUENCE_BY_TARGET, columns=[]).schema.metadata for part in parts]
+    notes = {name: max(float(of[f"montessori.{target}.{name}".encode()]) for of in noted) for name in NOTES}
+    schema = schema_with_metadata(notes)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for part in parts:
+            table = read_table(part, INFLUENCE_BY_TARGET)
+            own = table.filter(pc.equal(table["target"], target)).drop_columns(["target"])
+            yield from own.cast(schema).to_batches()
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
 
 
 def read_measured(path: Path) -> pa.Table:

@@ -74,6 +74,42 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
         assert expected in output
 
 
+@pytest.mark.parametrize("estimator", ["first_order", "screened", "linear"])
+def test_several_reference_sets_get_a_table_each(tiny_llama: Path, folder: Path, estimator: str) -> None:
+    """To the last bit as if it were measured alone; to first order, in one pass over the examples."""
+    (folder / "others").mkdir()
+    (folder / "others" / "reference.json").write_text(json.dumps(EXAMPLES[10:15]))
+    options = ["--learning-rate", "1e-4", "--estimator", estimator, "--audit-examples", "40"]
+    code, output = influence(folder, tiny_llama, *options, "--reference", str(folder / "others" / "reference.json"))
+    assert code == 0, output
+    assert not (folder / "influence.parquet").exists()
+    parts = folder / "influence.parquet.parts"
+    joint = read_record(parts / "targets" / "stage.json", Description)
+    assert (joint is None) == (estimator == "linear")
+    for name, reference in (("reference", "reference.jsonl"), ("reference-2", "others/reference.json")):
+        assert f"influence-{name}.parquet" in output
+        together = read_table(folder / f"influence-{name}.parquet", INFLUENCE)
+        alone = folder / f"alone-{name}.parquet"
+        given = ("--student", str(tiny_llama), "--examples", str(folder / "data.jsonl"), "--out", str(alone))
+        code, output_alone = invoke("influence", *given, *options, "--reference", str(folder / reference), cwd=ROOT)
+        assert code == 0, output_alone
+        expected = read_table(alone, INFLUENCE)
+        assert together.equals(expected, check_metadata=True)
+    before = {path: path.stat().st_mtime_ns for path in parts.rglob("part-*")}
+    code, output = influence(folder, tiny_llama, *options, "--reference", str(folder / "others" / "reference.json"))
+    assert code == 0, output
+    assert {path: path.stat().st_mtime_ns for path in parts.rglob("part-*")} == before
+
+
+def test_reference_sets_that_exclude_each_other_are_refused(tiny_llama: Path, folder: Path) -> None:
+    code, output = influence(folder, tiny_llama, "--weight-per", "token", "--reference", "builtin")
+    assert code == 1
+    assert "--weight-per token depends on the responses of the reference set" in output
+    code, output = influence(folder, tiny_llama, "--reference", str(folder / "reference.jsonl"))
+    assert code == 1
+    assert f"--reference {folder / 'reference.jsonl'}: given twice" in output
+
+
 def test_cut_responses_are_measured_without_their_end(tiny_llama: Path, folder: Path) -> None:
     """As examples and as references."""
     tables = []

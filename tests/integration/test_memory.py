@@ -158,6 +158,17 @@ def test_8b_student_with_state_in_16_bits_stays_on_80_gb() -> None:
     assert in_fp32.placement["second moment"] == in_fp32.placement["reference gradient"] == "host"
 
 
+def test_plan_counts_gradients_of_each_reference_set() -> None:
+    plans = [
+        plan_memory(LLAMA_3_8B, "first_order", ("mixed", "bfloat16"), 256, 2048, int(80 * GB), targets)
+        for targets in (1, 3)
+    ]
+    sums = [
+        sum(need.size for need in plan.needs if need.name in ("reference gradient", "half gradient")) for plan in plans
+    ]
+    assert sums[1] == 3 * sums[0] == pytest.approx(3 * 32.1 * GB, rel=0.01)
+
+
 def test_plan_of_mixed_8b_student_counts_bf16_copies() -> None:
     """Without them a moment would be on the device, and the backward pass would run out of memory."""
     plan = plan_memory(LLAMA_3_8B, "exact", ("mixed", "float32"), 1024, 2048, int(80 * GB))

@@ -34,6 +34,7 @@ from montessori_core.influence.losses import TokenLosses, example_loss, make_bat
 from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
 from montessori_core.influence.table import error_by_halves
+from montessori_core.influence.target_jobs import TargetsMeter
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import load_tokenizer
 from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums
@@ -412,6 +413,26 @@ def test_linear_keeps_directions_in_16_bits(warm: Any, tiny_llama: Path) -> None
     )
     assert not torch.equal(exact, rounded)
     assert (exact - rounded).abs().max() < 0.01 * exact.std()
+
+
+def test_several_reference_sets_are_measured_in_one_pass(warm: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """To the last bit as on each alone, and in any batch."""
+
+    def student() -> ResidentStudent:
+        return ResidentStudent(copy_of(warm, tiny_llama), warm[1], STEP, CPU)
+
+    sets = [ReferenceSet(part, 128, CPU) for part in (REFERENCE, REFERENCE[:3], REFERENCE[3:])]
+    silent = Encoded([5, 6, 7], [IGNORED] * 3, True)
+    meter = TargetsMeter(student(), sets, shared=tmp_path)
+    together = meter.measure_batch([*PROBING, silent])
+    assert [found.status for found in together[-1]] == ["no_response_tokens"] * 3
+    assert together[:8] == [found for example in PROBING for found in meter.measure_batch([example])]
+    second_worker = TargetsMeter(student(), sets, shared=tmp_path)
+    assert second_worker.measure_batch(PROBING) == together[:8]
+    for number, reference in enumerate(sets):
+        alone = InfluenceMeter(student(), reference, "first_order")
+        assert meter.targets[number].noise_floor == alone.noise_floor
+        assert [found[number] for found in together[:8]] == alone.measure_batch(PROBING)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])

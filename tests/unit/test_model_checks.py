@@ -19,7 +19,7 @@ from transformers.models.auto import tokenization_auto
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from flows.evaluation import evaluated_experiment, open_evaluation
-from flows.influence import Measurement, opened_inputs
+from flows.measurement import Measurement, opened_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_example
