@@ -82,7 +82,7 @@ class FilesPool(Pool):
             if columns is None:
                 yield row
                 continue
-            _check_columns(where, columns, list(row))
+            check_columns(where, columns, list(row))
             yield {name: row[name] for name in columns}
 
 
@@ -95,13 +95,13 @@ class ParquetPool(Pool):
             self.schema: pa.Schema | None = file.schema_arrow
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        _check_columns(self.name, columns or (), self.schema.names if self.schema else ())
+        check_columns(self.name, columns or (), self.schema.names if self.schema else ())
         with open_parquet(self._path) as file:
             for batch in file.iter_batches(ROW_GROUP, columns=columns):
                 yield from batch.to_pylist()
 
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
-        _check_columns(self.name, columns or (), self.schema.names if self.schema else ())
+        check_columns(self.name, columns or (), self.schema.names if self.schema else ())
         ordered = np.array(sorted(positions), np.int64)
         with open_parquet(self._path) as file:
             rows = (row for table in take_rows(file, columns, ordered) for row in table.to_pylist())
@@ -115,7 +115,7 @@ class RunPool(Pool):
         self._data, self.name, self.schema = data, str(data.run), data.schema
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        _check_columns(self.name, columns or (), self.schema.names)
+        check_columns(self.name, columns or (), self.schema.names)
         for table in self._data.tables(columns):
             yield from table.to_pylist()
 
@@ -158,7 +158,7 @@ class InfluencePool(Pool):
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
-        _check_columns(self.name, names, self.schema.names)
+        check_columns(self.name, names, self.schema.names)
         if self._read & set(names):
             with open_parquet(self._path) as file:
                 everything = set(range(file.metadata.num_rows))
@@ -172,7 +172,7 @@ class InfluencePool(Pool):
 
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
         names = list(columns or self.schema.names)
-        _check_columns(self.name, names, self.schema.names)
+        check_columns(self.name, names, self.schema.names)
         if not self._read & set(names):
             yield from super().take(positions, names)
             return
@@ -266,7 +266,12 @@ def data_file(path: Path) -> Path:
     return next((path / name for name in _DATA_FILES if (path / name).is_file()), path)
 
 
-def _check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:
+def check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:
+    """Check that columns are there.
+
+    Raises:
+        DataError: one is not; the message names those that are.
+    """
     for name in needed:
         if name not in present:
             raise DataError(f"{where}: no column {name!r} (found: {', '.join(present)})")
