@@ -20,12 +20,11 @@ from montessori_core.data.sources import Task, TaskReader
 from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
 from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
-from montessori_core.export.model_card import student_card
+from montessori_core.export.model_card import student_card, write_card
 from montessori_core.export.models import write_merged
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.licences import CARD
 from tasks.progress import ProgressBar
 from tasks.resume import record_command
 from tasks.run import check_environment, stage_of
@@ -122,7 +121,7 @@ def _train_on_rows(
                 write_merged(trained, temporary)
             else:
                 shutil.copytree(trained, temporary, copy_function=_link)
-            (temporary / CARD).write_text(card, encoding="utf-8")
+            write_card(card, temporary)
     return Trained(counts, log)
 
 

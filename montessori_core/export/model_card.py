@@ -9,7 +9,7 @@ from montessori_core.config import DataSource, Experiment, Student, Teacher, dum
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.sets import name_of
 from montessori_core.models.embedded import EMBEDDED
-from montessori_core.models.licences import licence_of
+from montessori_core.models.licences import CARD, licence_of
 
 
 def model_header(base: Student | Teacher, tags: Sequence[str], adapter: bool = False) -> str:
@@ -30,6 +30,12 @@ def model_header(base: Student | Teacher, tags: Sequence[str], adapter: bool = F
     if base.model not in EMBEDDED and not Path(base.model).expanduser().exists():
         content["base_model"] = base.model
     return f"---\n{dump_yaml(content)}---\n"
+
+
+def write_card(card: str, folder: Path) -> None:
+    """Write the card of the model in a folder in place of PEFT's, whose file may be linked to that of another folder."""
+    (folder / CARD).unlink(missing_ok=True)
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def student_card(
