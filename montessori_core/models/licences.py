@@ -14,7 +14,8 @@ from montessori_core.models.fetch import cached_model, local_path
 CARD = "README.md"
 _PERMISSIVE, _TERMS = "apache-2.0", "gemma"  # of the embedded models, by the hub's identifiers
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
-_LONGEST_CARD = 1 << 20  # bytes
+LONGEST_CARD = 1 << 20
+"""Bytes of a card that is read."""
 
 
 def licence_of(model: str, revision: str | None = None) -> str | None:
@@ -46,9 +47,14 @@ def licence_of(model: str, revision: str | None = None) -> str | None:
 
 def _header(card: Path) -> dict[str, Any]:
     """Return the YAML header of a card; an empty mapping if there is none."""
-    if not card.is_file() or card.stat().st_size > _LONGEST_CARD:
+    if not card.is_file() or card.stat().st_size > LONGEST_CARD:
         return {}
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return parse_header(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def parse_header(card: str) -> dict[str, Any]:
+    """Return the YAML header of the text of a card; an empty mapping if there is none."""
+    match = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
     try:
         content = yaml.safe_load(match[1]) if match else {}
     except (yaml.YAMLError, ValueError, RecursionError):
