@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.config import dump_yaml
+from montessori_core.data.cards import CARD, LONGEST_CARD, parse_header
 from montessori_core.export.markdown import escape, table
 from montessori_core.files import commit
-from montessori_core.models.licences import CARD, LONGEST_CARD, parse_header
 
 _TAG = "montessori"
 _INDEX = re.compile(r"^model-index:.*\n(?:(?:[ -].*)?\n)*", re.MULTILINE)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from montessori_core import layout
+from montessori_core.data.cards import CARD
 from montessori_core.errors import DataError
 from montessori_core.export.card import model_path, run_card, set_file
 from montessori_core.export.formats import FORMATS
@@ -14,7 +15,6 @@ from montessori_core.export.models import ROLES, UNPUBLISHED, model_card, model_
 from montessori_core.export.sets import SETS, RunSet, open_set
 from montessori_core.export.write import write_rows
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.licences import CARD
 
 
 def finished_sets(run: Path) -> list[RunSet]:

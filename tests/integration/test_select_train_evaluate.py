@@ -55,7 +55,13 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
     assert log[-1]["loss"] < log[0]["loss"]
     assert (student / MOMENTS_FILE).exists()
     card = (student / "README.md").read_text()
-    for text in ("library_name: transformers", "trained on best.jsonl", "learning_rate: 0.001", "| examples | 6 |"):
+    for text in (
+        "library_name: transformers",
+        "trained on best.jsonl",
+        "learning_rate: 0.001",
+        "| examples | 6 |",
+        "| licence of the data | not stated |",
+    ):
         assert text in card
     assert str(tmp_path) not in card
     before = (student / "model.safetensors").stat().st_mtime_ns
