@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 Scored = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
-        help="Scored rows: a data file, a glob or a folder of such files, an exported folder, or the folder of a run. Or "
-        "influence tables of the same examples, each measured on the reference set of a target; targets take turns."
+        help="Scored rows: a data file, a glob or a folder of such files, an exported folder, the folder of a run, or an "
+        "fsspec URL, such as s3://bucket/pool.parquet, which is copied to the temporary folder. Or influence tables of the "
+        "same examples, each measured on the reference set of a target; targets take turns."
     ),
 ]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]
@@ -118,7 +119,7 @@ def select(
     """
     from montessori_core.selection.choose import Choice, choose, scored_positions
     from montessori_core.selection.embeddings import CLUSTER, cluster_pool
-    from montessori_core.selection.targets import open_pools
+    from montessori_core.selection.remote import open_any_pools
     from montessori_core.selection.write import check_output, write_chosen
 
     if [k, share, tokens].count(None) != 2:
@@ -130,27 +131,28 @@ def select(
     check_scores(by or [])
     check_output(output)
     check_format(to)
-    pool, targets = open_pools(scored, data_source(examples, "--examples") if examples else None, form=to)
-    scores = tuple(by or targets)
-    scored_rows = scored_positions(pool, scores)
-    available = len(scored_rows)
-    if not available:
-        raise UserError(f"{pool.name}: no row has a score in {' or '.join(map(repr, scores))}")
-    rows = max(1, round(share * available)) if share is not None else k
-    with open_vectors(pool, embedding_model) as vectors:
-        if clusters is not None and vectors is not None:
-            pool, per = cluster_pool(pool, vectors, scored_rows, clusters), CLUSTER
-        choice = Choice(scores, rows, tokens, per, max_rouge_l, max_similarity, token_column)
-        chosen = choose(pool, choice, chosen_control, seed, vectors)
-    if not chosen:
-        raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
-    if rows is not None and len(chosen) < rows:
-        left_out = "" if max_rouge_l is max_similarity is None else ", and the others are similar to these"
-        warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
-    write_chosen(pool, chosen, output)
-    console.print(
-        f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
-    )
+    source = data_source(examples, "--examples") if examples else None
+    with open_any_pools(scored, source, form=to) as (pool, targets):
+        scores = tuple(by or targets)
+        scored_rows = scored_positions(pool, scores)
+        available = len(scored_rows)
+        if not available:
+            raise UserError(f"{pool.name}: no row has a score in {' or '.join(map(repr, scores))}")
+        rows = max(1, round(share * available)) if share is not None else k
+        with open_vectors(pool, embedding_model) as vectors:
+            if clusters is not None and vectors is not None:
+                pool, per = cluster_pool(pool, vectors, scored_rows, clusters), CLUSTER
+            choice = Choice(scores, rows, tokens, per, max_rouge_l, max_similarity, token_column)
+            chosen = choose(pool, choice, chosen_control, seed, vectors)
+        if not chosen:
+            raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
+        if rows is not None and len(chosen) < rows:
+            left_out = "" if max_rouge_l is max_similarity is None else ", and the others are similar to these"
+            warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
+        write_chosen(pool, chosen, output)
+        console.print(
+            f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
+        )
 
 
 def check_embeddings(model: str | None, max_similarity: float | None, clusters: int | None) -> None:
