@@ -235,6 +235,6 @@ def _ranges(pool: "Pool", chosen: list[int], by: tuple[str, ...]) -> str:
     numbers: dict[str, list[float]] = {name: [] for name in by}
     for _, row in pool.take(set(chosen), by):
         for name in by:
-            if (number := number_in(row[name])) is not None and not math.isnan(number):
+            if (number := number_in(row[name])) is not None and math.isfinite(number):
                 numbers[name].append(number)
     return "".join(f", {name} {min(own):.4g} to {max(own):.4g}" for name, own in numbers.items() if own)

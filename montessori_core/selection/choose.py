@@ -227,14 +227,14 @@ def _scores(pool: Pool, position: int, row: Row, by: Sequence[str]) -> list[tupl
 
 
 def _score(pool: Pool, position: int, row: Row, by: str) -> float | None:
-    """Return a row's score; None if it has none (null or NaN)."""
+    """Return a row's score; None if it has none: null, NaN or infinite."""
     value = row[by]
     if value is None or value == "":
         return None
     score = number_in(value)
     if score is None:
         raise DataError(f"{pool.name}, row {position + 1}: {by!r} is {value!r:.50}; a score is a number")
-    return None if math.isnan(score) else score
+    return score if math.isfinite(score) else None
 
 
 def _tokens(pool: Pool, position: int, value: object) -> int:
@@ -253,5 +253,5 @@ def number_in(value: object) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -32,13 +33,14 @@ from support.reports import write_run
 from support.rouge import accept_all
 from support.runs import invoke
 
-SCORES = st.lists(st.one_of(st.none(), st.just(float("nan")), st.integers(-3, 3)), min_size=1, max_size=30)
+NO_SCORES = [None, float("nan"), float("inf"), -float("inf")]
+SCORES = st.lists(st.one_of(st.sampled_from(NO_SCORES), st.integers(-3, 3)), min_size=1, max_size=30)
 
 
 @given(SCORES, st.integers(1, 12))
 def test_best_rows_are_those_of_a_stable_sort(scores: list[float | None], count: int) -> None:
     pool = ListPool([{"s": score} for score in scores])
-    valid = [i for i, score in enumerate(scores) if score is not None and score == score]
+    valid = [i for i, score in enumerate(scores) if score is not None and math.isfinite(score)]
     assert scored_positions(pool, ["s"]).tolist() == valid
     assert choose(pool, Choice(("s",), rows=count)) == sorted(valid, key=lambda i: -(scores[i] or 0))[:count]
 
@@ -240,6 +242,7 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "pool.parquet")
     (tmp_path / "bad.jsonl").write_text('{"score": "high"}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "huge.jsonl").write_text(f'{{"score": 1{"0" * 400}}}\n')
     by = ["--by", "score"]
     for pool, options, message in (
         ("pool.jsonl", by, "give one of --k, --share and --tokens"),
@@ -252,11 +255,18 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         ("pool.parquet", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.jsonl", [*by, "--tokens", "9", "--token-column", "source"], "is no number of tokens"),
         ("bad.jsonl", [*by, "--k", "1"], "row 1: 'score' is 'high'; a score is a number"),
+        ("huge.jsonl", [*by, "--k", "1"], "a score is a number"),
+        (
+            "pool.jsonl",
+            [*by, "--k", "1", "--output", "pool.jsonl/x.jsonl"],
+            "pool.jsonl: a file is in the place of a folder",
+        ),
+        ("pool.jsonl", [*by, "--k", "1", "--output", "x" * 300 + ".jsonl"], "File name too long; correct the path"),
         ("list.jsonl", [*by, "--k", "1"], "expected an object with named fields"),
         ("pool.csv", [*by, "--k", "1"], "pool.csv: cannot be read"),
         ("absent.parquet", [*by, "--k", "1"], "absent.parquet: cannot be read"),
     ):
-        code, output = invoke("select", pool, *options, "--output", "out.jsonl", cwd=tmp_path)
+        code, output = invoke("select", pool, "--output", "out.jsonl", *options, cwd=tmp_path)
         assert code == 1, output
         assert message in " ".join(output.split())
         assert not (tmp_path / "out.jsonl").exists()
