@@ -51,7 +51,7 @@ def add_scores(evaluated: Evaluated, folder: Path) -> None:
     """
     path = folder / CARD
     try:
-        if not path.is_file() or path.stat().st_size > LONGEST_CARD:
+        if not path.is_file() or path.is_symlink() or path.stat().st_size > LONGEST_CARD:  # links: the hub's cache
             log.info("%s has no card of a model that Montessori trained: scores are in the evaluation's folder", folder)
             return
         card = path.read_bytes().decode()  # with its line ends

@@ -104,6 +104,15 @@ def test_unreadable_card_is_a_line_in_log(tmp_path: Path, caplog: pytest.LogCapt
     assert "has no card" in caplog.text
 
 
+def test_linked_card_of_a_cache_stays(tmp_path: Path) -> None:
+    path = write_card(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "README.md").symlink_to(path)
+    add_scores(EVALUATED, tmp_path / "snapshot")
+    assert (tmp_path / "snapshot" / "README.md").is_symlink()
+    assert path.read_text() == CARD
+
+
 def test_full_disk_keeps_the_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path = write_card(tmp_path)
