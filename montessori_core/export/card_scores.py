@@ -5,6 +5,7 @@ Hugging Face hub shows. The rest of the card is kept byte for byte.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,10 +124,11 @@ def _index(present: Any, model: str, evaluated: Evaluated) -> list[dict[str, Any
 
 
 def _results(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """Return the results of an evaluation, one per data set, in the hub's form."""
+    """Return the finite results of an evaluation, one per data set, in the hub's form."""
     metrics: dict[str, list[dict[str, Any]]] = {}
-    loss = {"type": "loss", "value": _rounded(evaluated.loss["mean"]), "name": "held-out loss, nats per token"}
-    metrics[evaluated.data] = [loss]
+    if math.isfinite(evaluated.loss["mean"]):
+        loss = {"type": "loss", "value": _rounded(evaluated.loss["mean"]), "name": "held-out loss, nats per token"}
+        metrics[evaluated.data] = [loss]
     for score in evaluated.scores:
         if score["mean"] is not None:
             metric = {"type": score["metric"], "value": _rounded(score["mean"]), "name": score["metric"]}

@@ -104,6 +104,16 @@ def test_unreadable_card_is_a_line_in_log(tmp_path: Path, caplog: pytest.LogCapt
     assert "has no card" in caplog.text
 
 
+def test_diverged_model_has_a_loss_of_nan() -> None:
+    evaluated = dataclasses.replace(EVALUATED, loss={"mean": float("nan"), "standard_error": None})
+    card = card_with_scores(CARD, "student", evaluated)
+    assert card is not None
+    assert "| held-out loss, nats per token | nan |  | 96 |" in card
+    assert [
+        result["dataset"]["name"] for result in yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    ] == ["arc_challenge"]
+
+
 def test_linked_card_of_a_cache_stays(tmp_path: Path) -> None:
     path = write_card(tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
