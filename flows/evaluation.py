@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,10 @@ from montessori_core.config import (
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tasks
+from montessori_core.data.tables import open_parquet
 from montessori_core.errors import UserError
+from montessori_core.export.card_scores import Evaluated, add_scores
+from montessori_core.export.sets import name_of
 from montessori_core.files import read_json, write_json
 from montessori_core.models.fetch import commit_of
 from montessori_core.models.thinking import thinking_warning
@@ -202,3 +206,17 @@ def _evaluate(evaluation: Evaluation) -> None:
         loss = summarize_loss(evaluated.losses)
         result = {"model": run.experiment.student.model, "held_out_loss": loss, "scores": evaluated.benchmarks.scores}
         write_json(result, run.folder / RESULT)
+        _write_card(run, evaluated.losses, result)
+
+
+def _write_card(run: Run, losses: Path, result: Mapping[str, Any]) -> None:
+    """Write the result of an evaluation into the card of its model, if that is a folder with a card of ours."""
+    folder = Path(run.experiment.student.model).expanduser()
+    if not folder.is_dir():
+        return
+    measured = datetime.fromtimestamp(losses.stat().st_mtime, UTC).date().isoformat()  # the same when it is repeated
+    with open_parquet(losses) as table:
+        examples = table.metadata.num_rows
+    data = name_of(run.experiment.evaluation.path)
+    loss, scores = result["held_out_loss"], result["scores"]
+    add_scores(Evaluated(run.experiment.name, data, measured, examples, loss, scores), folder)

@@ -15,17 +15,17 @@ from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import DataSource, Experiment
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
+from montessori_core.data.origins import Origin, origin_of
 from montessori_core.data.rows import Rows, TrainingRow
 from montessori_core.data.sources import Task, TaskReader
 from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
 from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
-from montessori_core.export.model_card import student_card
+from montessori_core.export.model_card import student_card, write_card
 from montessori_core.export.models import write_merged
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.licences import CARD
 from tasks.progress import ProgressBar
 from tasks.resume import record_command
 from tasks.run import check_environment, stage_of
@@ -82,12 +82,12 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
         raise UserError("--merge: the student has no adapter; leave it out, or set student.lora")
     if training.merge and training.save_moments:
         raise UserError("--merge and --save-moments exclude each other: the moments are those of the adapter")
-    folder = output.with_name(f"{output.name}.parts").absolute()
+    folder = _work_folder(output)
     if not folder.exists():
         refuse_existing(output, "folder")
     bad_rows: list[BadRow] = []
     with TemporaryDirectory() as scratch:
-        rows = read_training_rows(training.data, bad_rows, Path(scratch) / "data.parquet")
+        rows, origin = read_training_rows(training.data, bad_rows, Path(scratch) / "data.parquet")
         if not len(rows):
             raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
         check_environment(training.experiment)
@@ -95,13 +95,14 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
         folder.mkdir(parents=True, exist_ok=True)
         with only_driver(folder):
             write_bad_rows(bad_rows, folder)
-            return _train_on_rows(training, rows, folder, output, command)
+            return _train_on_rows(training, rows, origin, output, command)
 
 
 def _train_on_rows(
-    training: StudentTraining, rows: Rows, folder: Path, output: Path, command: Sequence[str]
+    training: StudentTraining, rows: Rows, origin: Origin, output: Path, command: Sequence[str]
 ) -> Trained:
-    """Train on rows in a folder, whose lock is held; see `train_on_data`."""
+    """Train on rows in the folder next to `output`, whose lock is held; see `train_on_data`."""
+    folder = _work_folder(output)
     experiment, cluster = training.experiment, training.experiment.cluster
     settings = sft_settings(experiment, experiment.training, training.save_moments)
     student = open_student(experiment.student, folder, "student.max_length")
@@ -116,17 +117,21 @@ def _train_on_rows(
     show_problems(folder, experiment)
     counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
     if not output.exists():
-        card = student_card(experiment, training.data, settings, counts, log, training.merge)
+        card = student_card(experiment, training.data, origin, settings, counts, log, training.merge)
         with commit(output, durable=False) as temporary:
             if training.merge:
                 write_merged(trained, temporary)
             else:
                 shutil.copytree(trained, temporary, copy_function=_link)
-            (temporary / CARD).write_text(card, encoding="utf-8")
+            write_card(card, temporary)
     return Trained(counts, log)
 
 
-def read_training_rows(source: DataSource, bad_rows: list[BadRow], copy: Path) -> Rows:
+def _work_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts").absolute()
+
+
+def read_training_rows(source: DataSource, bad_rows: list[BadRow], copy: Path) -> tuple[Rows, Origin]:
     """Read training examples: an example table of a run, or any data with an instruction and a response.
 
     A response whose row says `response_finished: false` is trained without the end of its turn.
@@ -143,11 +148,11 @@ def read_training_rows(source: DataSource, bad_rows: list[BadRow], copy: Path) -
     if path.suffix == ".parquet" and path.is_file():
         with open_parquet(path) as file:
             if name_of_table(file.schema_arrow) == name_of_table(EXAMPLES):
-                return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
+                return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit), origin_of(source.path)
     reader = TaskReader(source, "data", with_response=True)
     write_task_rows(reader, copy, TrainingRow, Task.to_training_row)
     reader.report(bad_rows)
-    return task_rows(copy, TrainingRow)
+    return task_rows(copy, TrainingRow), origin_of(source.path, reader.commit)
 
 
 def _check_output(output: Path, stage: Stage, shards: Shards, training: StudentTraining) -> None:

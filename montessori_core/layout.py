@@ -4,6 +4,7 @@
       config.yaml              every setting, including defaults
       provenance.json          versions, machine and input models
       models.json              commits of models of the Hugging Face hub
+      data_sets.json           licence, where one is stated, and commit on the hub of each set in sources/
       schedule.json            iterations of the flow runs that a schedule of Prefect started
       driver.lock              who drives the run: a process, or a Slurm job
       driver.sh, driver.log    script and log of drivers that run as Slurm jobs; prefect.db is
@@ -37,6 +38,7 @@ from pathlib import Path
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 MODEL_COMMITS = "models.json"
+ORIGINS = "data_sets.json"
 SCHEDULE = "schedule.json"
 DRIVER_LOCK = "driver.lock"
 DRIVER_SCRIPT = "driver.sh"

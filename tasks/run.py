@@ -15,6 +15,7 @@ from montessori_core.config import (
     Cluster,
     CodeRunsFilter,
     Experiment,
+    GroundedStrategy,
     SemanticFilter,
     Student,
     Teacher,
@@ -22,6 +23,7 @@ from montessori_core.config import (
     write_yaml,
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
+from montessori_core.data.origins import Origin, origin_of, write_origins
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
@@ -200,8 +202,8 @@ def _check_and_write(
         benchmarks_copied = current_copies(benchmarks, benchmarks_before, copies)
     run = Run(folder, experiment)
     copied = opened_before and all(run.source_file(name).exists() for name in Sources.__annotations__)
-    bad_rows: list[BadRow] = []
-    sources = run.sources() if copied else read_sources(experiment, bad_rows)
+    bad_rows, origins = list[BadRow](), dict[str, Origin]()
+    sources = run.sources() if copied else read_sources(experiment, bad_rows, origins)
     warnings = _check_data(sources, experiment)
     documents = run.source_file(_PASSAGES)
     passages_copied = opened_before and documents.exists()
@@ -229,9 +231,12 @@ def _check_and_write(
             write_bad_rows(bad_rows, copies)
         if passages and not passages_copied:
             write_tasks(passages, documents)
+            if isinstance(experiment.synthesis.strategy, GroundedStrategy):
+                origins["documents"] = origin_of(experiment.synthesis.strategy.documents)
         copy_benchmarks(benchmarks, copies, benchmarks_copied)
         _copy_templates(templates, folder, opened_before)
         write_json(commits, folder / layout.MODEL_COMMITS)
+        write_origins(origins, folder / layout.ORIGINS)
         if changed or benchmarks != benchmarks_before:
             _mark_unfinished(folder)
         write_yaml(experiment, config)

@@ -164,6 +164,10 @@ def main() -> None:
         console.print(f"error: {error}{owner}; ask for access, or choose another folder", style="red", soft_wrap=True)
         raise SystemExit(1) from error
     except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG) or _is_file(error):
+            reason = "a file is in the place of a folder" if _is_file(error) else error.strerror
+            console.print(f"error: {error.filename}: {reason}; correct the path", style="red", soft_wrap=True)
+            raise SystemExit(1) from error
         if may_pass(error):
             remedy = "see whether the file server answers"
         elif error.errno in OUT_OF_SPACE:
@@ -174,3 +178,8 @@ def main() -> None:
             raise
         console.print(f"error: {error}; {remedy}, then resume: finished work is kept", soft_wrap=True)
         raise SystemExit(1) from error
+
+
+def _is_file(error: OSError) -> bool:
+    """Whether a folder could not be made because a file has its name."""
+    return isinstance(error, FileExistsError) and isinstance(error.filename, str) and Path(error.filename).is_file()

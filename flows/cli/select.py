@@ -1,5 +1,6 @@
 """The command select: choose training data from a pool of scored examples."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,23 @@ if TYPE_CHECKING:
 
 
 Scored = Annotated[
-    Path,
+    list[str],
     typer.Argument(
-        help="Scored rows: a data file, a glob or a folder of such files, an exported folder, or the folder of a run."
+        help="Scored rows: a data file, a glob or a folder of such files, an exported folder, the folder of a run, or an "
+        "fsspec URL, such as s3://bucket/pool.parquet, which is copied to the temporary folder. Or influence tables of the "
+        "same examples, each measured on the reference set of a target; targets take turns."
     ),
 ]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]
+ScoreColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Column of the score; higher is better. Given several times, once per target: the best row of the first "
+        "column, of the second, and so on; each row once.",
+        show_default="influence; of several tables, their influence_NAME columns",
+    ),
+]
 TurnColumn = Annotated[
     str | None,
     typer.Option(
@@ -88,7 +100,7 @@ def select(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum sum of --token-column over the chosen rows.")
     ] = None,
-    by: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the score; higher is better.")] = "influence",
+    by: ScoreColumns = None,
     per: TurnColumn = None,
     max_rouge_l: MaxRougeL = None,
     embedding_model: EmbeddingModel = None,
@@ -107,7 +119,7 @@ def select(
     """
     from montessori_core.selection.choose import Choice, choose, scored_positions
     from montessori_core.selection.embeddings import CLUSTER, cluster_pool
-    from montessori_core.selection.pools import open_pool
+    from montessori_core.selection.remote import open_any_pools
     from montessori_core.selection.write import check_output, write_chosen
 
     if [k, share, tokens].count(None) != 2:
@@ -116,26 +128,31 @@ def select(
         raise UserError("give one of --per and --clusters: the groups that take turns")
     check_embeddings(embedding_model, max_similarity, clusters)
     chosen_control = check_control(control)
+    check_scores(by or [])
     check_output(output)
     check_format(to)
-    pool = open_pool(scored, data_source(examples, "--examples") if examples else None, form=to)
-    scored_rows = scored_positions(pool, by)
-    available = len(scored_rows)
-    if not available:
-        raise UserError(f"{pool.name}: no row has a score in {by!r}")
-    rows = max(1, round(share * available)) if share is not None else k
-    with open_vectors(pool, embedding_model) as vectors:
-        if clusters is not None and vectors is not None:
-            pool, per = cluster_pool(pool, vectors, scored_rows, clusters), CLUSTER
-        choice = Choice(by, rows, tokens, per, max_rouge_l, max_similarity, token_column)
-        chosen = choose(pool, choice, chosen_control, seed, vectors)
-    if not chosen:
-        raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
-    if rows is not None and len(chosen) < rows:
-        left_out = "" if max_rouge_l is max_similarity is None else ", and the others are similar to these"
-        warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
-    write_chosen(pool, chosen, output)
-    console.print(f"{len(chosen):,} of {available:,} scored rows{_range(pool, chosen, by)}: {output}", soft_wrap=True)
+    source = data_source(examples, "--examples") if examples else None
+    with open_any_pools(scored, source, form=to) as (pool, targets):
+        scores = tuple(by or targets)
+        scored_rows = scored_positions(pool, scores)
+        available = len(scored_rows)
+        if not available:
+            raise UserError(f"{pool.name}: no row has a score in {' or '.join(map(repr, scores))}")
+        rows = max(1, round(share * available)) if share is not None else k
+        with open_vectors(pool, embedding_model) as vectors:
+            if clusters is not None and vectors is not None:
+                pool, per = cluster_pool(pool, vectors, scored_rows, clusters), CLUSTER
+            choice = Choice(scores, rows, tokens, per, max_rouge_l, max_similarity, token_column)
+            chosen = choose(pool, choice, chosen_control, seed, vectors)
+        if not chosen:
+            raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
+        if rows is not None and len(chosen) < rows:
+            left_out = "" if max_rouge_l is max_similarity is None else ", and the others are similar to these"
+            warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
+        write_chosen(pool, chosen, output)
+        console.print(
+            f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
+        )
 
 
 def check_embeddings(model: str | None, max_similarity: float | None, clusters: int | None) -> None:
@@ -148,6 +165,17 @@ def check_embeddings(model: str | None, max_similarity: float | None, clusters: 
         raise UserError(
             "--max-similarity and --clusters compare embeddings: give --embedding-model with them, and only then"
         )
+
+
+def check_scores(by: list[str]) -> None:
+    """Check the columns of --by.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    for name in by:
+        if by.count(name) > 1:
+            raise UserError(f"--by {name}: given twice; give the column of each target once")
 
 
 def check_control(name: str | None) -> "Control | None":
@@ -200,8 +228,13 @@ def open_vectors(pool: "Pool", model: str | None) -> Iterator["Vectors | None"]:
         yield Vectors(pool, file, embedder.embed, embedder.BATCH, bar.update)
 
 
-def _range(pool: "Pool", chosen: list[int], by: str) -> str:
+def _ranges(pool: "Pool", chosen: list[int], by: tuple[str, ...]) -> str:
+    """Return the range of each score of the chosen rows, for people: ', influence 0.1 to 0.3'."""
     from montessori_core.selection.choose import number_in
 
-    scores = [number_in(row[by]) or 0.0 for _, row in pool.take(set(chosen), [by])]
-    return f", {by} {min(scores):.4g} to {max(scores):.4g}"
+    numbers: dict[str, list[float]] = {name: [] for name in by}
+    for _, row in pool.take(set(chosen), by):
+        for name in by:
+            if (number := number_in(row[name])) is not None and math.isfinite(number):
+                numbers[name].append(number)
+    return "".join(f", {name} {min(own):.4g} to {max(own):.4g}" for name, own in numbers.items() if own)

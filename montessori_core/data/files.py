@@ -80,6 +80,15 @@ class DataFile:
             copy.seek(0)
             yield copy
 
+    def copy(self, target: Path) -> None:
+        """Write its bytes, compressed as they are, to a file of this machine.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with self._open_raw() as raw, target.open("wb") as stream:
+            shutil.copyfileobj(io.BufferedReader(_Bytes(raw, self.name)), stream, 2**20)
+
     @contextmanager
     def _open_raw(self) -> Iterator[BinaryIO]:
         try:

@@ -1,19 +1,23 @@
 """Read rows of a Hugging Face data set, from the hub or from a folder with its files."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from montessori_core.config import DataSource
 from montessori_core.errors import DataError
 
 
-def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
+def hub_rows(
+    source: DataSource, field: str, on_commit: Callable[[str], object] = lambda commit: None
+) -> Iterator[tuple[str, Any]]:
     """Yield (place in the data set, row) pairs.
 
     Args:
         source: the data set.
         field: name of its section, for errors.
+        on_commit: called with the commit on the hub that is read, before the first row.
 
     Raises:
         DataError: it cannot be loaded, or has several subsets and `source` names none of them; the message lists them. Or
@@ -52,6 +56,8 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
             f"{field}.path: data set {source.path!r} ({part}) cannot be loaded: {error}; check the id and the network, or "
             "give a .jsonl or .parquet file"
         ) from error
+    if not is_folder and re.fullmatch("[0-9a-f]{40}", str(builder.hash)):
+        on_commit(builder.hash)
     place = ", ".join(filter(None, (source.subset, source.split)))
     number = 0
     try:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file
 from pathlib import Path
@@ -16,6 +16,7 @@ from montessori_core.data.files import kind_of
 from montessori_core.data.formats import recognise, turns_of
 from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.origins import Origin, origin_of
 from montessori_core.data.readers import shard_rows
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.rows import EarlierTurn, TaskRow, TrainingRow, optional_fields
@@ -88,16 +89,18 @@ class Sources:
     evaluation: list[Task]
 
 
-def read_sources(experiment: Experiment, bad_rows: list[BadRow] | None = None) -> Sources:
-    """Read the three sets; `bad_rows` takes the rows that are left out.
+def read_sources(
+    experiment: Experiment, bad_rows: list[BadRow] | None = None, origins: dict[str, Origin] | None = None
+) -> Sources:
+    """Read the three sets; `bad_rows` takes the rows that are left out, `origins` licence and commit of each set.
 
     Raises:
         DataError: a set cannot be read or is empty, or the reference set is too small; the message names file and line.
     """
     sources = Sources(
-        seed_pool=read_tasks(experiment.seed_pool, "seed_pool", False, bad_rows),
-        reference=read_tasks(experiment.reference, "reference", True, bad_rows),
-        evaluation=read_tasks(experiment.evaluation, "evaluation", True, bad_rows),
+        seed_pool=read_tasks(experiment.seed_pool, "seed_pool", False, bad_rows, origins),
+        reference=read_tasks(experiment.reference, "reference", True, bad_rows, origins),
+        evaluation=read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins),
     )
     if len(sources.reference) != experiment.reference.limit:  # a limit is the user's choice
         check_reference_size(len(sources.reference), experiment.reference)
@@ -145,7 +148,13 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
     ]
 
 
-def read_tasks(source: DataSource, field: str, with_response: bool, bad_rows: list[BadRow] | None = None) -> list[Task]:
+def read_tasks(
+    source: DataSource,
+    field: str,
+    with_response: bool,
+    bad_rows: list[BadRow] | None = None,
+    origins: dict[str, Origin] | None = None,
+) -> list[Task]:
     """Read one set, and log the number of its rows and their format.
 
     Args:
@@ -153,6 +162,7 @@ def read_tasks(source: DataSource, field: str, with_response: bool, bad_rows: li
         field: its setting, such as 'seed_pool', which selects the built-in set and is named in errors.
         with_response: whether rows have a response.
         bad_rows: takes the rows that are left out.
+        origins: takes the set's origin, by `field`.
 
     Raises:
         DataError: the set cannot be used; the message names the file, the line or column, and the remedy.
@@ -160,6 +170,8 @@ def read_tasks(source: DataSource, field: str, with_response: bool, bad_rows: li
     reader = TaskReader(source, field, with_response)
     tasks = list(reader)
     reader.report(bad_rows)
+    if origins is not None:
+        origins[field] = origin_of(source.path, reader.commit)
     return tasks
 
 
@@ -173,6 +185,7 @@ class TaskReader(Iterable[Task]):
         conversations: number of these that have earlier turns.
         bad_rows: rows left out; see `DataSource.drop_bad_rows`.
         row: all columns of the last task.
+        commit: of a data set on the hub, that which is read.
     """
 
     def __init__(self, source: DataSource, field: str, with_response: bool) -> None:
@@ -182,6 +195,7 @@ class TaskReader(Iterable[Task]):
         self.rows = self.tasks = self.conversations = 0
         self.bad_rows: list[BadRow] = []
         self.row: Mapping[str, Any] = {}
+        self.commit: str | None = None
         self._ids: set[str] = set()
 
     def __iter__(self) -> Iterator[Task]:
@@ -191,7 +205,7 @@ class TaskReader(Iterable[Task]):
             DataError: as `read_tasks`.
         """
         source, field = self._source, self._field
-        for where, row in _rows(source, field):
+        for where, row in _rows(source, field, self._read_commit):
             self.rows += 1
             try:
                 task = self._task(where, row)
@@ -216,6 +230,9 @@ class TaskReader(Iterable[Task]):
             )
         if not self.tasks:
             raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
+
+    def _read_commit(self, commit: str) -> None:
+        self.commit = commit
 
     def report(self, bad_rows: list[BadRow] | None) -> None:
         """Log what was read, and append the rows that were left out to `bad_rows`."""
@@ -300,8 +317,8 @@ def _load_task(row: dict[str, Any]) -> Task:
     return Seed(**vars(task), topic=row["topic"], persona=row["persona"]) if "topic" in row else task
 
 
-def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place in the source, row) pairs; a row that cannot be read is a RowError."""
+def _rows(source: DataSource, field: str, on_commit: Callable[[str], object]) -> Iterator[tuple[str, Any]]:
+    """Yield (place in the source, row) pairs; a row that cannot be read is a RowError. See `hub_rows` for `on_commit`."""
     path = Path(os.path.expanduser(source.path))
     if not source.path.strip():
         raise DataError(f"{field}.path is empty; expected {expected()}")
@@ -317,7 +334,7 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     elif source.path.startswith((".", "~")) and not path.is_dir():
         raise DataError(f"{field}.path: {source.path}: expected {expected()}")
     else:
-        yield from hub_rows(source, field)
+        yield from hub_rows(source, field, on_commit)
 
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:

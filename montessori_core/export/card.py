@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from montessori_core import layout
-from montessori_core.config import DataSource, Experiment, dump_yaml
+from montessori_core.config import DataSource, Experiment, GroundedStrategy, dump_yaml
 from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.origins import Origin, read_origins
 from montessori_core.data.tables import INSTRUCTIONS, read_table
 from montessori_core.export.formats import Format
 from montessori_core.export.markdown import escape, fenced, table
@@ -217,17 +218,22 @@ def _models(data: RunSet) -> str:
             rows.append((role.replace("_", " "), f"{endpoint.model} (API)", "", "not known", ""))
     return (
         table(("role", "model", "commit", "licence", "SHA-256"), rows)
-        + "\nNo licence of the data is declared here. The licences of the models above may bind what they write; set "
-        "`license` in the header before you publish.\n"
+        + "\nNo licence of the data is declared here. Those of these models and of the human-written sets may bind what was "
+        "written; set `license` in the header before you publish.\n"
     )
 
 
 def _synthesis(data: RunSet) -> str:
     experiment = data.experiment
-    sets = [(name.replace("_", " "), *_source(data.run, name, getattr(experiment, name))) for name in _SOURCES]
+    origins = read_origins(data.run / layout.ORIGINS)
+    sources = {name: getattr(experiment, name) for name in _SOURCES}
+    sets = [_source(data.run, name, source, origins.get(name, Origin(None))) for name, source in sources.items()]
+    if isinstance(strategy := experiment.synthesis.strategy, GroundedStrategy):
+        licence = origins.get("documents", Origin(None)).licence_text
+        sets.append(("documents", name_of(strategy.documents), "", "", licence, ""))
     names = [getattr(entry, "name", entry) for entry in experiment.synthesis.filters]
     lines = [
-        table(("set", "source", "revision", "examples"), sets),
+        table(("set", "source", "revision", "commit", "licence", "examples"), sets),
         f"Random seed: {experiment.seed}. Strategy of prompts: {escape(experiment.synthesis.strategy.name)}.",
         f"Filters, in order: {', '.join(map(escape, names)) or 'none'}. "
         f"`synthesis.answers`: {escape(experiment.synthesis.answers)}.\n",
@@ -247,12 +253,13 @@ def _synthesis(data: RunSet) -> str:
 _SOURCES = ("seed_pool", "reference", "evaluation")
 
 
-def _source(run: Path, name: str, source: DataSource) -> tuple[str, str, str]:
-    """Return name, revision and size of a human-written set."""
+def _source(run: Path, name: str, source: DataSource, origin: Origin) -> tuple[str, str, str, str, str, str]:
+    """Return the row of a human-written set: set, source, revision, commit, licence and size."""
     parts = [name_of(source.path), *filter(None, [source.subset])]
     copy = run / layout.SOURCES / f"{name}.jsonl"
     size = f"{sum(1 for _ in jsonl_rows(copy)):,}" if copy.exists() else ""
-    return ", ".join(parts), source.revision or "", size
+    title, commit = name.replace("_", " "), origin.commit or ""
+    return title, ", ".join(parts), source.revision or "", commit, origin.licence_text, size
 
 
 def _contamination(data: RunSet) -> str:

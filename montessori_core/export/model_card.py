@@ -6,6 +6,8 @@ from typing import Any
 
 from montessori_core import programs
 from montessori_core.config import DataSource, Experiment, Student, Teacher, dump_yaml
+from montessori_core.data.cards import CARD
+from montessori_core.data.origins import Origin
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.sets import name_of
 from montessori_core.models.embedded import EMBEDDED
@@ -32,9 +34,16 @@ def model_header(base: Student | Teacher, tags: Sequence[str], adapter: bool = F
     return f"---\n{dump_yaml(content)}---\n"
 
 
+def write_card(card: str, folder: Path) -> None:
+    """Write the card of the model in a folder in place of PEFT's, whose file may be linked to that of another folder."""
+    (folder / CARD).unlink(missing_ok=True)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
 def student_card(
     experiment: Experiment,
     data: DataSource,
+    origin: Origin,
     settings: programs.Sft,
     counts: Mapping[str, int],
     log: Sequence[Mapping[str, Any]],
@@ -45,6 +54,7 @@ def student_card(
     Args:
         experiment: names the student.
         data: the examples.
+        origin: of the examples.
         settings: of the training.
         counts: numbers of examples, truncated ones and those left out.
         log: an entry per optimizer step.
@@ -52,7 +62,9 @@ def student_card(
     """
     student = experiment.student
     name = escape(name_of(student.model))
-    rows = [(key.replace("_", " "), value) for key, value in counts.items()]
+    rows: list[tuple[str, object]] = [(key.replace("_", " "), value) for key, value in counts.items()]
+    rows += [("licence of the data", origin.licence_text)]
+    rows += [("commit of the data", origin.commit)] if origin.commit else []
     rows += [("loss of the first step, nats per token", log[0]["loss"])] if log else []
     rows += [("loss of the last step, nats per token", log[-1]["loss"])] if log else []
     parts = [

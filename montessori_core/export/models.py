@@ -8,12 +8,12 @@ from montessori_core import layout
 from montessori_core.config import Experiment, Section, dump_yaml, read_experiment
 from montessori_core.errors import DataError, UserError
 from montessori_core.export.markdown import escape, fenced, table
-from montessori_core.export.model_card import model_header
+from montessori_core.export.model_card import model_header, write_card
 from montessori_core.export.sets import name_of
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.fingerprints import FINGERPRINT, write_fingerprint
-from montessori_core.models.licences import CARD, licence_of
+from montessori_core.models.licences import licence_of
 
 Role = Literal["student", "teacher"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -66,7 +66,7 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
             write_merged(folder, temporary)
         else:
             shutil.copytree(folder, temporary, ignore=UNPUBLISHED)
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        write_card(card, temporary)
         refuse_existing(output, "folder")
     return folder
 

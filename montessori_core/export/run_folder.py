@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from montessori_core import layout
+from montessori_core.data.cards import CARD
 from montessori_core.errors import DataError
 from montessori_core.export.card import model_path, run_card, set_file
 from montessori_core.export.formats import FORMATS
+from montessori_core.export.model_card import write_card
 from montessori_core.export.models import ROLES, UNPUBLISHED, model_card, model_folder
 from montessori_core.export.sets import SETS, RunSet, open_set
 from montessori_core.export.write import write_rows
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.licences import CARD
 
 
 def finished_sets(run: Path) -> list[RunSet]:
@@ -65,8 +66,7 @@ def gather(sets: Sequence[RunSet], folder: Path, with_models: bool = True) -> No
         target = folder / model_path(role)
         shutil.copytree(trained, target, ignore=UNPUBLISHED, copy_function=os.symlink)
         card = model_card(run, role, number, adapter=is_adapter(trained))
-        (target / CARD).unlink(missing_ok=True)
-        (target / CARD).write_text(card, encoding="utf-8")
+        write_card(card, target)
     if (run / layout.REPORT).exists():
         (folder / layout.REPORT).symlink_to(run / layout.REPORT)
     (folder / CARD).write_text(run_card(written, models, form), encoding="utf-8")

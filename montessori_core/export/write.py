@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from montessori_core.data.cards import CARD
 from montessori_core.errors import UserError
 from montessori_core.export.card import data_card
 from montessori_core.export.formats import FORMATS, Format
 from montessori_core.export.jsonl import json_line
 from montessori_core.export.sets import RunSet
 from montessori_core.files import commit, refuse_existing
-from montessori_core.models.licences import CARD
 
 
 @dataclass(frozen=True)

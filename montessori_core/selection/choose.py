@@ -1,17 +1,20 @@
-"""The best rows of a pool: by count or token budget, round-robin over sources, without near-duplicates; and controls.
+"""The best rows of a pool: by count or token budget, in turn of sources and targets, without near-duplicates; and controls.
 
 Rules. The higher score is better; of equal scores, the earlier row. Rows without a score are never chosen. A token budget
 ends at the first row that does not fit. With sources, each in turn, in the order of their names, gives its best row that is
-left. A row that is too similar to a chosen one is skipped, and its source gives the next one.
+left; with several scores, one per target, each in turn, in their order. A row that is too similar to a chosen one is skipped,
+and its turn gives the next one.
 
-A pass over the pool keeps the best rows in a heap: (score, position, size, source), no texts. Near-duplicates are looked
-for among more candidates than are asked for; if too few remain, further passes take more.
+A pass over the pool keeps the best rows of each turn in a heap: (score, position, size, turn), no texts. As many as are asked
+for are enough: those that another target has chosen count, too. Near-duplicates are looked for among more candidates; if too
+few remain, further passes take more.
 """
 
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +30,8 @@ from montessori_core.selection.pools import Pool
 from montessori_core.selection.texts import texts_of
 
 Control = Literal["random", "length_matched"]
+Turn = tuple[str, int]
+"""What takes turns: a source, or '', and the number of a target."""
 _SIZED = np.dtype([("position", np.int64), ("size", np.int64)])
 _SLACK = 4  # candidates for each row that is asked for, where near-duplicates are skipped
 
@@ -36,7 +41,7 @@ class Choice:
     """The rules of a choice.
 
     Attributes:
-        by: column of the score.
+        by: columns of scores, one per target; each takes turns.
         rows: number of rows; None: `tokens` decides.
         tokens: token budget.
         per: column whose values take turns; None: no turns.
@@ -45,7 +50,7 @@ class Choice:
         token_column: tokens of a row, for a budget and for equal lengths.
     """
 
-    by: str
+    by: tuple[str, ...]
     rows: int | None = None
     tokens: int | None = None
     per: str | None = None
@@ -63,12 +68,12 @@ class Choice:
 
 
 class Scored(NamedTuple):
-    """A row of a pool. Tuples compare as rows do: the greater one is better."""
+    """A row of a pool with one of its scores. Tuples compare as rows do: the greater one is better."""
 
     score: float
     order: int
     size: int
-    source: str
+    turn: Turn
 
     @property
     def position(self) -> int:
@@ -76,10 +81,10 @@ class Scored(NamedTuple):
         return -self.order
 
 
-def scored_positions(pool: Pool, by: str) -> np.ndarray:
-    """Return the [rows] positions of the rows that have a score, in ascending order."""
-    rows = enumerate(pool.rows([by]))
-    return np.fromiter((position for position, row in rows if _score(pool, position, row, by) is not None), np.int64)
+def scored_positions(pool: Pool, by: Sequence[str]) -> np.ndarray:
+    """Return the [rows] positions of the rows that have a score in one of the columns `by`, in ascending order."""
+    rows = enumerate(pool.rows(by))
+    return np.fromiter((position for position, row in rows if _scores(pool, position, row, by)), np.int64)
 
 
 def choose(
@@ -103,22 +108,29 @@ def choose(
     chosen = _best(pool, choice, vectors, lambda: _scored(pool, choice))
     if control is None:
         return chosen
-    rows = np.fromiter(((row.position, row.size) for row in _scored(pool, choice, sized=True)), _SIZED)
+    rows = np.unique(
+        np.fromiter(((row.position, row.size) for row in _scored(pool, choice, sized=True)), _SIZED)
+    )  # a row has a score per target
     matched = match_lengths(rows["size"], np.isin(rows["position"], chosen), seed)
     return [int(position) for position in rows["position"][matched]]
 
 
 def _best(pool: Pool, choice: Choice, vectors: Vectors | None, read: Callable[[], Iterator[Scored]]) -> list[int]:
     slack = 1 if choice.max_rouge_l is choice.max_similarity is None else _SLACK
+    limits: defaultdict[Turn, int] = defaultdict(lambda: slack * choice.limit)
     while True:
-        sources: dict[str, _Heap] = {}
+        heaps: dict[Turn, _Heap] = {}
         for row in read():
-            sources.setdefault(row.source, _Heap(slack * choice.limit)).add(row)
-        ranked = [sources[name].ranked() for name in sorted(sources)]
-        chosen, full = _take(ranked, choice.limit, _accept(pool, choice, vectors, ranked))
-        if full or not any(heap.dropped for heap in sources.values()):
-            return [row.position for row in chosen]
-        slack *= _SLACK
+            if row.turn not in heaps:
+                heaps[row.turn] = _Heap(limits[row.turn])
+            heaps[row.turn].add(row)
+        ranked = {turn: heaps[turn].ranked() for turn in sorted(heaps)}
+        chosen, exhausted = _take(ranked, choice.limit, _accept(pool, choice, vectors, ranked))
+        dropped = [turn for turn in exhausted if heaps[turn].dropped]
+        if not dropped:
+            return chosen
+        for turn in dropped:
+            limits[turn] *= _SLACK
 
 
 class _Heap:
@@ -140,31 +152,36 @@ class _Heap:
         return sorted(self._heap, reverse=True)
 
 
-def _take(ranked: Iterable[list[Scored]], limit: int, accept: Callable[[Scored], bool]) -> tuple[list[Scored], bool]:
-    """Take the best acceptable row of each source in turn; also return whether the limit was reached."""
-    queues = [iter(rows) for rows in ranked]
-    chosen: list[Scored] = []
+def _take(
+    ranked: Mapping[Turn, list[Scored]], limit: int, accept: Callable[[Scored], bool]
+) -> tuple[list[int], list[Turn]]:
+    """Take the best acceptable row of each turn; return their positions, and the turns that had too few."""
+    queues = {turn: iter(rows) for turn, rows in ranked.items()}
+    chosen: dict[int, None] = {}  # in their order
+    exhausted: list[Turn] = []
     size = 0
-    while queues:
-        for queue in list(queues):
-            row = next(filter(accept, queue), None)
+    while len(exhausted) < len(queues):
+        for turn, queue in queues.items():
+            if turn in exhausted:
+                continue
+            row = next((row for row in queue if row.position not in chosen and accept(row)), None)
             if row is None:
-                queues.remove(queue)
+                exhausted.append(turn)
                 continue
             if size + row.size > limit:
-                return chosen, True
-            chosen.append(row)
+                return list(chosen), exhausted
+            chosen[row.position] = None
             size += row.size
             if size == limit:
-                return chosen, True
-    return chosen, False
+                return list(chosen), exhausted
+    return list(chosen), exhausted
 
 
 def _accept(
-    pool: Pool, choice: Choice, vectors: Vectors | None, ranked: list[list[Scored]]
+    pool: Pool, choice: Choice, vectors: Vectors | None, ranked: Mapping[Turn, list[Scored]]
 ) -> Callable[[Scored], bool]:
     """Return whether a row is unlike those accepted before."""
-    candidates = {row.position for rows in ranked for row in rows}
+    candidates = {row.position for rows in ranked.values() for row in rows}
     accepted: list[tuple[RougeIndex | CosineIndex, Callable[[int], Any]]] = []
     if choice.max_similarity is not None and vectors is not None:
         vectors.add(candidates)
@@ -184,14 +201,17 @@ def _accept(
 
 
 def _scored(pool: Pool, choice: Choice, sized: bool = False) -> Iterator[Scored]:
-    """Yield the rows with a score; their size is 1, or their tokens if they count."""
+    """Yield the rows with a score, once for each; their size is 1, or their tokens if they count."""
     tokens = choice.token_column if sized or choice.rows is None else None
-    columns = list(dict.fromkeys(filter(None, [choice.by, tokens, choice.per])))
+    columns = list(dict.fromkeys(filter(None, [*choice.by, tokens, choice.per])))
     for position, row in enumerate(pool.rows(columns)):
-        score = _score(pool, position, row, choice.by)
-        if score is not None:
-            size = _tokens(pool, position, row[tokens]) if tokens else 1
-            yield Scored(score, -position, size, str(row[choice.per]) if choice.per else "")
+        scores = _scores(pool, position, row, choice.by)
+        if not scores:
+            continue
+        size = _tokens(pool, position, row[tokens]) if tokens else 1
+        source = str(row[choice.per]) if choice.per else ""
+        for target, score in scores:
+            yield Scored(score, -position, size, (source, target))
 
 
 def _randomised(rows: Iterator[Scored], seed: int) -> Iterator[Scored]:
@@ -200,15 +220,21 @@ def _randomised(rows: Iterator[Scored], seed: int) -> Iterator[Scored]:
         yield row._replace(score=draw.random())
 
 
+def _scores(pool: Pool, position: int, row: Row, by: Sequence[str]) -> list[tuple[int, float]]:
+    """Return (number of the target, score) pairs of the scores that a row has."""
+    scores = ((target, _score(pool, position, row, name)) for target, name in enumerate(by))
+    return [(target, score) for target, score in scores if score is not None]
+
+
 def _score(pool: Pool, position: int, row: Row, by: str) -> float | None:
-    """Return a row's score; None if it has none (null or NaN)."""
+    """Return a row's score; None if it has none: null, NaN or infinite."""
     value = row[by]
     if value is None or value == "":
         return None
     score = number_in(value)
     if score is None:
         raise DataError(f"{pool.name}, row {position + 1}: {by!r} is {value!r:.50}; a score is a number")
-    return None if math.isnan(score) else score
+    return score if math.isfinite(score) else None
 
 
 def _tokens(pool: Pool, position: int, value: object) -> int:
@@ -227,5 +253,5 @@ def number_in(value: object) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

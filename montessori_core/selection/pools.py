@@ -16,6 +16,7 @@ import pyarrow as pa
 from montessori_core import layout
 from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import RowError
+from montessori_core.data.files import DataFile
 from montessori_core.data.readers import shard_rows
 from montessori_core.data.shards import find_local
 from montessori_core.data.sources import FINISHED, Task, TaskReader
@@ -63,12 +64,17 @@ class Pool(Protocol):
 
 
 class FilesPool(Pool):
-    """The rows of a file, a glob or a folder, of any kind that data sets have; the cells of CSV are texts."""
+    """The rows of a file, a glob or a folder, of any kind that data sets have; the cells of CSV are texts.
+
+    Args:
+        path: of the files, or their name if they are given.
+        files: the files.
+    """
 
     schema = None
 
-    def __init__(self, path: Path) -> None:
-        files = find_local(path, "train", field="")
+    def __init__(self, path: Path | str, files: Sequence[DataFile] | None = None) -> None:
+        files = find_local(Path(path), "train", field="") if files is None else files
         if files is None:
             raise DataError(f"{path}: expected a data file, a glob, a folder of data files, or a run")
         self._files, self.name = files, str(path)
@@ -82,26 +88,26 @@ class FilesPool(Pool):
             if columns is None:
                 yield row
                 continue
-            _check_columns(where, columns, list(row))
+            check_columns(where, columns, list(row))
             yield {name: row[name] for name in columns}
 
 
 class ParquetPool(Pool):
-    """The rows of a Parquet file."""
+    """The rows of a Parquet file; `name` is for errors."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self.name = path, str(path)
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self._path, self.name = path, name or str(path)
         with open_parquet(path) as file:
             self.schema: pa.Schema | None = file.schema_arrow
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        _check_columns(self.name, columns or (), self.schema.names if self.schema else ())
+        check_columns(self.name, columns or (), self.schema.names if self.schema else ())
         with open_parquet(self._path) as file:
             for batch in file.iter_batches(ROW_GROUP, columns=columns):
                 yield from batch.to_pylist()
 
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
-        _check_columns(self.name, columns or (), self.schema.names if self.schema else ())
+        check_columns(self.name, columns or (), self.schema.names if self.schema else ())
         ordered = np.array(sorted(positions), np.int64)
         with open_parquet(self._path) as file:
             rows = (row for table in take_rows(file, columns, ordered) for row in table.to_pylist())
@@ -115,7 +121,7 @@ class RunPool(Pool):
         self._data, self.name, self.schema = data, str(data.run), data.schema
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        _check_columns(self.name, columns or (), self.schema.names)
+        check_columns(self.name, columns or (), self.schema.names)
         for table in self._data.tables(columns):
             yield from table.to_pylist()
 
@@ -130,8 +136,8 @@ class InfluencePool(Pool):
     order of the table are passed on at once.
     """
 
-    def __init__(self, path: Path, examples: DataSource, form: str | None = None) -> None:
-        self.name = str(path)
+    def __init__(self, path: Path, examples: DataSource, form: str | None = None, name: str | None = None) -> None:
+        self.name = name or str(path)
         self._path, self._examples = path, examples
         left_out = {"kind", "source", "teacher", "iteration"}
         fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
@@ -158,7 +164,7 @@ class InfluencePool(Pool):
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
-        _check_columns(self.name, names, self.schema.names)
+        check_columns(self.name, names, self.schema.names)
         if self._read & set(names):
             with open_parquet(self._path) as file:
                 everything = set(range(file.metadata.num_rows))
@@ -172,7 +178,7 @@ class InfluencePool(Pool):
 
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
         names = list(columns or self.schema.names)
-        _check_columns(self.name, names, self.schema.names)
+        check_columns(self.name, names, self.schema.names)
         if not self._read & set(names):
             yield from super().take(positions, names)
             return
@@ -228,7 +234,7 @@ _STORED = {"id": "example_id", "influence": "influence_student"}
 """Columns of an influence table that have another name in a pool."""
 
 
-def open_pool(path: Path, examples: DataSource | None = None, form: str | None = None) -> Pool:
+def open_pool(path: Path, examples: DataSource | None = None, form: str | None = None, name: str | None = None) -> Pool:
     """Open a pool.
 
     Args:
@@ -236,29 +242,32 @@ def open_pool(path: Path, examples: DataSource | None = None, form: str | None =
             scored examples.
         examples: texts of an influence table's examples.
         form: how the texts of `examples` are written, a name of CONVERSATION_FORMATS; None: see `InfluencePool`.
+        name: of a Parquet file, for errors; None: its path.
 
     Raises:
         DataError: it is none of these, an influence table without its examples, or has no texts in another format.
     """
     path = Path(os.path.expanduser(path))
-    pool = _open_pool(path, examples, form)
+    pool = _open_pool(path, examples, form, name)
     if form is not None and not isinstance(pool, InfluencePool):
-        raise DataError(f"{path}: only the texts of an influence table can be written as {form}; leave out --to")
+        raise DataError(f"{pool.name}: only the texts of an influence table can be written as {form}; leave out --to")
     return pool
 
 
-def _open_pool(path: Path, examples: DataSource | None, form: str | None) -> Pool:
+def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: str | None) -> Pool:
     if (path / layout.CONFIG).is_file():
         return RunPool(open_set(path.resolve(), "scored"))
     path = data_file(path)
     if path.suffix != ".parquet" or not path.is_file():
         return FilesPool(path)
-    pool = ParquetPool(path)
+    pool = ParquetPool(path, name)
     if name_of_table(pool.schema) != name_of_table(INFLUENCE):
         return pool
     if examples is None:
-        raise DataError(f"{path}: an influence table has no texts; give the data that was measured with --examples")
-    return InfluencePool(path, examples, form)
+        raise DataError(
+            f"{pool.name}: an influence table has no texts; give the data that was measured with --examples"
+        )
+    return InfluencePool(path, examples, form, name)
 
 
 def data_file(path: Path) -> Path:
@@ -266,7 +275,12 @@ def data_file(path: Path) -> Path:
     return next((path / name for name in _DATA_FILES if (path / name).is_file()), path)
 
 
-def _check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:
+def check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:
+    """Check that columns are there.
+
+    Raises:
+        DataError: one is not; the message names those that are.
+    """
     for name in needed:
         if name not in present:
             raise DataError(f"{where}: no column {name!r} (found: {', '.join(present)})")

@@ -159,6 +159,31 @@ def test_licence_is_that_of_the_downloaded_card(hub: Hub, tiny_llama: Path, tmp_
         assert said.stdout.strip() == known
 
 
+ORIGIN = """
+import sys
+from montessori_core.config import DataSource
+from montessori_core.data.sources import read_tasks
+origins = {}
+read_tasks(DataSource(path="group/tiny", revision=sys.argv[1]), "reference", True, None, origins)
+print(origins["reference"].licence_text, origins["reference"].commit)
+"""
+
+
+def test_origin_of_hub_data_set_is_recorded(hub: Hub, tmp_path: Path) -> None:
+    """The commit of a branch when it was read, and the licence in the card of that commit."""
+    hub.folder = tmp_path / "rows"
+    hub.folder.mkdir()
+    (hub.folder / "train.jsonl").write_text(json.dumps({"instruction": "Name a colour.", "output": "Red."}))
+    first = python(ORIGIN, "main")
+    assert first.stdout == f"not stated {'1' * 40}\n", first.stderr
+    hub.commit = "2" * 40
+    (hub.folder / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\n# Tiny\n")
+    assert python(ORIGIN, "main").stdout == f"mit, cc-by-4.0 {'2' * 40}\n"
+    hub.shutdown()
+    hub.server_close()
+    assert python(ORIGIN, "main").stdout == f"mit, cc-by-4.0 {'2' * 40}\n"  # the data set is in the cache
+
+
 @pytest.mark.guarantee("decompression bombs")
 def test_bomb_in_hub_data_set_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.folder = tmp_path / "rows"

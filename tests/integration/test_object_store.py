@@ -1,9 +1,13 @@
 """Data and results on S3: a local server that speaks its protocol."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
@@ -60,6 +64,31 @@ def test_rows_on_s3_are_read(store: s3fs.S3FileSystem, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             read(path)
+
+
+def test_pool_on_s3_is_selected_from(store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [row | {"influence": n * 7 % 20} for n, row in enumerate(ROWS)]
+    store.pipe("bucket/pools/test-0.jsonl.gz", gzip.compress(lines(rows[:8])))
+    store.pipe("bucket/pools/train-1.jsonl.gz", gzip.compress(lines(rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    store.put(str(tmp_path / "pool.parquet"), "bucket/pool.parquet")
+    table = write_run(tmp_path / "run") / "iteration-1" / "influence.parquet"
+    store.put(str(table), "bucket/influence.parquet")
+    for number, pool in enumerate(("s3://bucket/pools", "s3://bucket/pools/train-*", "s3://bucket/pool.parquet")):
+        out = tmp_path / f"{number}.jsonl"
+        code, output = invoke("select", pool, "--k", "2", "--output", out.name, cwd=tmp_path)
+        assert code == 0, output
+        chosen = [json.loads(line) for line in out.read_text().splitlines()]
+        assert sorted(row["influence"] for row in chosen) == [18, 19], pool
+    for pool, message in (
+        (["s3://bucket/pool.parquet", "--by", "art"], "s3://bucket/pool.parquet: no column 'art'"),
+        (["s3://bucket/none.jsonl"], "s3://bucket/none.jsonl: cannot be read"),
+        (["s3://bucket/influence.parquet"], "s3://bucket/influence.parquet: an influence table has no texts"),
+        (["s3://bucket/pool.parquet", "s3://bucket/other.parquet"], "only a single pool is read from a URL"),
+    ):
+        code, output = invoke("select", *pool, "--k", "2", "--output", "other.jsonl", cwd=tmp_path)
+        assert code == 1
+        assert message in " ".join(output.split())
 
 
 def test_rows_on_s3_without_credentials_are_refused(store: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,13 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
     assert log[-1]["loss"] < log[0]["loss"]
     assert (student / MOMENTS_FILE).exists()
     card = (student / "README.md").read_text()
-    for text in ("library_name: transformers", "trained on best.jsonl", "learning_rate: 0.001", "| examples | 6 |"):
+    for text in (
+        "library_name: transformers",
+        "trained on best.jsonl",
+        "learning_rate: 0.001",
+        "| examples | 6 |",
+        "| licence of the data | not stated |",
+    ):
         assert text in card
     assert str(tmp_path) not in card
     before = (student / "model.safetensors").stat().st_mtime_ns
@@ -90,6 +96,16 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
     assert code == 0, output
     result = read_json(tmp_path / "runs" / "evaluation-student" / "evaluation.json")
     assert result["held_out_loss"]["mean"] > 0
+    scored = (student / "README.md").read_text()
+    assert f"| held-out loss, nats per token | {result['held_out_loss']['mean']:.4f} |" in scored
+    body = card.partition("\n---\n")[2]
+    assert body in scored
+    (student / "README.md").chmod(0o444)
+    code, output = call("evaluate", str(student), *options, cwd=tmp_path, PREFECT_HOME=str(home))
+    assert code == 0, output
+    assert (student / "README.md").read_text() == scored
+    code, output = train(tiny_llama, best, student, "--save-moments")
+    assert code == 0, output
 
 
 def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: Path) -> None:
@@ -136,6 +152,17 @@ def test_merged_student_is_a_model_of_its_own(tiny_llama: Path, tmp_path: Path) 
     code, text = train(tiny_llama, data, tmp_path / "out", *lora)
     assert code == 1
     assert "nothing is overwritten" in text
+
+
+def test_finished_adapter_is_not_trained_again(tiny_llama: Path, tmp_path: Path) -> None:
+    """PEFT writes a card with an adapter, ours replaces it: the copy that resumes the training is as it was."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, EXAMPLES)))
+    for _ in range(2):
+        code, text = train(tiny_llama, data, tmp_path / "out", "--set", "student.lora={rank: 4}")
+        assert code == 0, text
+    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+    assert "Montessori" not in (tmp_path / "out.parts" / "training" / "part-00000" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_selected_conversations_keep_tokens_and_masks(tiny_llama: Path, tmp_path
         table_from_rows([measured(task.example_id) for task in tasks], INFLUENCE), tmp_path / "i.parquet", INFLUENCE
     )
     pool = open_pool(tmp_path / "i.parquet", DataSource(path=str(tmp_path / "data.jsonl")), form=form)
-    chosen = choose(pool, Choice("influence", rows=4, max_rouge_l=0.99))
+    chosen = choose(pool, Choice(("influence",), rows=4, max_rouge_l=0.99))
     write_chosen(pool, chosen, tmp_path / f"best.{suffix}")
     selected = read_tasks(DataSource(path=str(tmp_path / f"best.{suffix}")), "data", with_response=True)
     assert selected == tasks

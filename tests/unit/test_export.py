@@ -12,6 +12,7 @@ import yaml
 from datasets import load_dataset
 
 from montessori_core.config import Cluster, DataSource, parse_experiment, read_experiment
+from montessori_core.data.origins import Origin, write_origins
 from montessori_core.data.sources import Task, read_tasks, write_tasks
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, read_table
 from montessori_core.export.formats import FORMATS
@@ -200,6 +201,23 @@ def test_card_describes_the_run(run: Path, tmp_path: Path) -> None:
     _, pairs = card_of(tmp_path / "pairs")
     assert "do not apply one again" in pairs
     assert "not of these rows" in pairs
+
+
+def test_card_names_licences_and_commits_of_sets(tmp_path: Path) -> None:
+    strategy = {"name": "grounded", "documents": "/home/somebody/notes"}
+    reference = {"path": "builtin/coding", "revision": "main"}
+    run = write_run(tmp_path / "trial", reference=reference, synthesis={"strategy": strategy})
+    origins = {"reference": Origin("mit", "1" * 40), "documents": Origin("cc0-1.0"), "seed_pool": Origin(None)}
+    write_origins(origins, run / "data_sets.json")
+    assert export(run, tmp_path / "out", "--to", "alpaca")[0] == 0
+    body = card_of(tmp_path / "out")[1]
+    for row in (
+        f"| reference | builtin/coding | main | {'1' * 40} | mit | ",
+        "| seed pool | builtin |  |  | not stated | 240 |",
+        "| documents | notes |  |  | cc0-1.0 |  |",
+        "| evaluation | builtin |  |  | not stated |  |",
+    ):
+        assert row in body
 
 
 def test_card_has_the_configuration(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -27,36 +28,21 @@ from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
 from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import FilesPool, ParquetPool, open_pool
 from montessori_core.selection.texts import texts_of
+from support.pools import ListPool
 from support.reports import write_run
 from support.rouge import accept_all
 from support.runs import invoke
 
-
-class ListPool:
-    """Rows in memory, whose passes are counted."""
-
-    name, schema = "list", None
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows, self.passes = rows, 0
-
-    def rows(self, columns: Any = None) -> Any:
-        self.passes += 1
-        return iter(self._rows)
-
-    def take(self, positions: Any, columns: Any = None) -> Any:
-        return ((position, self._rows[position]) for position in sorted(positions))
-
-
-SCORES = st.lists(st.one_of(st.none(), st.just(float("nan")), st.integers(-3, 3)), min_size=1, max_size=30)
+NO_SCORES = [None, float("nan"), float("inf"), -float("inf")]
+SCORES = st.lists(st.one_of(st.sampled_from(NO_SCORES), st.integers(-3, 3)), min_size=1, max_size=30)
 
 
 @given(SCORES, st.integers(1, 12))
 def test_best_rows_are_those_of_a_stable_sort(scores: list[float | None], count: int) -> None:
     pool = ListPool([{"s": score} for score in scores])
-    valid = [i for i, score in enumerate(scores) if score is not None and score == score]
-    assert scored_positions(pool, "s").tolist() == valid
-    assert choose(pool, Choice("s", rows=count)) == sorted(valid, key=lambda i: -(scores[i] or 0))[:count]
+    valid = [i for i, score in enumerate(scores) if score is not None and math.isfinite(score)]
+    assert scored_positions(pool, ["s"]).tolist() == valid
+    assert choose(pool, Choice(("s",), rows=count)) == sorted(valid, key=lambda i: -(scores[i] or 0))[:count]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=25), st.integers(1, 40))
@@ -68,7 +54,7 @@ def test_token_budget_ends_at_first_exceeding_row(rows: list[tuple[int, int]], b
         if used > budget:
             break
         expected.append(i)
-    assert choose(pool, Choice("s", tokens=budget)) == expected
+    assert choose(pool, Choice(("s",), tokens=budget)) == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abc")), max_size=25), st.integers(1, 12))
@@ -78,7 +64,7 @@ def test_sources_take_turns(rows: list[tuple[int, str]], count: int) -> None:
     expected: list[int] = []
     while any(queues):
         expected += [queue.pop(0) for queue in queues if queue]
-    assert choose(pool, Choice("s", rows=count, per="source")) == expected[:count]
+    assert choose(pool, Choice(("s",), rows=count, per="source")) == expected[:count]
 
 
 @pytest.mark.parametrize("per", [None, "source"])
@@ -89,13 +75,13 @@ def test_near_duplicates_are_skipped(per: str | None) -> None:
     words = ["apple", "river", "night", "stone", "cloud", "lemon"]
     others = [" ".join([word, *(f"{word}{n}" for n in range(5))]) for word in words]
     pool = ListPool([{"s": -i, "instruction": text, "source": "ab"[i % 2]} for i, text in enumerate([*alike, *others])])
-    chosen = choose(pool, Choice("s", rows=4, per=per, max_rouge_l=0.6))
+    chosen = choose(pool, Choice(("s",), rows=4, per=per, max_rouge_l=0.6))
     assert chosen[0] == 0
     assert len(chosen) == 4
     assert set(chosen[1:]) <= set(range(60, 66))
     assert pool.passes > 2
     greedy = RougeIndex([], max_rouge_l=0.6)
-    everything = choose(pool, Choice("s", rows=50, max_rouge_l=0.6))
+    everything = choose(pool, Choice(("s",), rows=50, max_rouge_l=0.6))
     assert everything == [i for i, row in enumerate(pool.rows()) if accept_all(greedy, [row["instruction"]])[0]]
 
 
@@ -114,7 +100,7 @@ def test_rows_alike_in_meaning_or_words_are_skipped(texts: list[tuple[str, str]]
     pool = ListPool([{"s": -place, "instruction": " ".join(words)} for place, words in enumerate(texts)])
     with TemporaryFile() as file:
         vectors = Vectors(pool, file, embed_words, batch=3)
-        choice = Choice("s", rows=count, max_rouge_l=0.4 if both else None, max_similarity=0.8)
+        choice = Choice(("s",), rows=count, max_rouge_l=0.4 if both else None, max_similarity=0.8)
         chosen = choose(pool, choice, vectors=vectors)
     embeddings = embed_words([" ".join(words) for words in texts])
     expected: list[int] = []
@@ -139,9 +125,8 @@ def test_slack_is_for_near_duplicates_alone(monkeypatch: pytest.MonkeyPatch) -> 
     with TemporaryFile() as file:
         vectors = Vectors(pool, file, embed_words)
         for similarity in (None, 0.8):
-            choose(pool, Choice("s", rows=2, max_similarity=similarity), vectors=vectors)
-    assert set(limits[:3]) == {2}
-    assert set(limits[3:]) == {8}
+            choose(pool, Choice(("s",), rows=2, max_similarity=similarity), vectors=vectors)
+    assert limits == [2, 8]
 
 
 def test_clusters_are_those_of_meaning_and_take_turns() -> None:
@@ -151,11 +136,11 @@ def test_clusters_are_those_of_meaning_and_take_turns() -> None:
     rows = [{"s": -place, "instruction": f"{words[kind]} {place}"} for place, kind in enumerate(kinds)]
     pool = ListPool([*rows, {"s": None, "instruction": "hh"}])
     with TemporaryFile() as file:
-        clustered = cluster_pool(pool, Vectors(pool, file, embed_words), scored_positions(pool, "s"), 3)
+        clustered = cluster_pool(pool, Vectors(pool, file, embed_words), scored_positions(pool, ["s"]), 3)
     clusters = [row[CLUSTER] for row in clustered.rows()]
     assert clusters[-1] is None
     assert len(set(zip(kinds, clusters, strict=False))) == 3
-    chosen = choose(clustered, Choice("s", rows=9, per=CLUSTER))
+    chosen = choose(clustered, Choice(("s",), rows=9, per=CLUSTER))
     assert Counter(kinds[place] for place in chosen) == {0: 3, 1: 3, 2: 3}
     taken = {place: row[CLUSTER] for place, row in clustered.take(set(chosen))}
     assert taken == {place: clusters[place] for place in chosen}
@@ -186,11 +171,11 @@ def test_controls_are_seeded_and_have_size_or_lengths() -> None:
     draw = random.Random(1)
     tokens = [draw.randint(1, 40) for _ in range(200)]
     pool = ListPool([{"s": -i, "response_tokens": number} for i, number in enumerate(tokens)])
-    choice = Choice("s", rows=20)
+    choice = Choice(("s",), rows=20)
     draws = [choose(pool, choice, "random", seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert all(len(set(drawn)) == 20 for drawn in draws)
-    assert Counter(i < 20 for i in choose(pool, Choice("s", rows=100), "random"))[True] < 18
+    assert Counter(i < 20 for i in choose(pool, Choice(("s",), rows=100), "random"))[True] < 18
     matched = choose(pool, choice, "length_matched", 0)
     assert not set(matched) & set(range(20))
     errors = [abs(a - b) for a, b in zip(sorted(tokens[:20]), sorted(tokens[i] for i in matched), strict=True)]
@@ -257,6 +242,7 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "pool.parquet")
     (tmp_path / "bad.jsonl").write_text('{"score": "high"}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "huge.jsonl").write_text(f'{{"score": 1{"0" * 400}}}\n')
     by = ["--by", "score"]
     for pool, options, message in (
         ("pool.jsonl", by, "give one of --k, --share and --tokens"),
@@ -269,11 +255,18 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         ("pool.parquet", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.jsonl", [*by, "--tokens", "9", "--token-column", "source"], "is no number of tokens"),
         ("bad.jsonl", [*by, "--k", "1"], "row 1: 'score' is 'high'; a score is a number"),
+        ("huge.jsonl", [*by, "--k", "1"], "a score is a number"),
+        (
+            "pool.jsonl",
+            [*by, "--k", "1", "--output", "pool.jsonl/x.jsonl"],
+            "pool.jsonl: a file is in the place of a folder",
+        ),
+        ("pool.jsonl", [*by, "--k", "1", "--output", "x" * 300 + ".jsonl"], "File name too long; correct the path"),
         ("list.jsonl", [*by, "--k", "1"], "expected an object with named fields"),
         ("pool.csv", [*by, "--k", "1"], "pool.csv: cannot be read"),
         ("absent.parquet", [*by, "--k", "1"], "absent.parquet: cannot be read"),
     ):
-        code, output = invoke("select", pool, *options, "--output", "out.jsonl", cwd=tmp_path)
+        code, output = invoke("select", pool, "--output", "out.jsonl", *options, cwd=tmp_path)
         assert code == 1, output
         assert message in " ".join(output.split())
         assert not (tmp_path / "out.jsonl").exists()
@@ -314,7 +307,7 @@ def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     assert {position: row["output"] for position, row in taken.items()} == {n: f"Done {ids[n]}." for n in (2, 5, 7)}
     assert [row["influence"] for row in taken.values()] == [rows[n]["influence"] for n in (2, 5, 7)]
     (tmp_path / "data.jsonl").unlink()
-    assert len(scored_positions(pool, "influence")) > 0
+    assert len(scored_positions(pool, ["influence"])) > 0
     assert [row for _, row in pool.take({5}, ["influence"])] == [{"influence": rows[5]["influence"]}]
 
 
