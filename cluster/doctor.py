@@ -13,10 +13,10 @@ from typing import Any
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import options_of, refusal_of
-from cluster.backends.slurm import SlurmBackend, largest_array, seconds_of
+from cluster.backends.slurm import largest_array, seconds_of
 from cluster.driver_job import script_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.scripts import check_script, scripts_of
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, HeldJobs, Resources
@@ -29,8 +29,6 @@ _SLURM_TIMEOUT = 60.0  # seconds for a Slurm command
 _TRAINING_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
 _GENERATION_PACKAGES = ("vllm", "torch", "transformers", "pyarrow")
 _JUDGING_PACKAGES = ("openai", "pyarrow")
-# Of every script, whatever the configuration says.
-_SAME_IN_EACH_SCRIPT = ("--job-name", "--output", "--error", "--open-mode", "--signal", "--parsable")
 _JOB_REMEDY = (
     "is this folder on a shared file system, and does the Python that the configuration names exist on the nodes?"
 )
@@ -156,29 +154,21 @@ def _check_partition(
 
 def _check_scripts(cluster: Cluster) -> Iterator[Finding]:
     """Show the sbatch options of each stage's jobs and of the driver's, and have Slurm check them (`sbatch --test-only`)."""
-    name = "montessori-doctor"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, script = Path(scratch), Path(scratch) / "script.sh"
-        texts: dict[str, list[str]] = {}
-        for stage, resources in cluster.resources:
-            backend = SlurmBackend(cluster.slurm.of_stage(stage), resources, None)
-            texts.setdefault(backend.script(name, folder), []).append(stage)
-        texts.setdefault(script_of(folder, name, [], {}, cluster.slurm), []).append("driver")
-        for text, stages in texts.items():
-            script.write_text(text, encoding="utf-8")
-            options = [option for option in options_of(script) if not option.startswith(_SAME_IN_EACH_SCRIPT)]
-            try:
-                refusal = refusal_of(script)
-            except SchedulerUnavailable as error:
-                refusal = str(error)
-            yield Finding(
-                f"sbatch options of {', '.join(stages)}",
-                refusal is None,
-                " ".join(options) + (f": {refusal}" if refusal else ""),
-                "change cluster.slurm.driver; it matters only with --submit-driver"
-                if stages == ["driver"]
-                else "change cluster.slurm (or its stages) and cluster.resources",
-            )
+    for text, stages in (
+        scripts_of(cluster) | {script_of(Path(), "driver", [], {}, cluster.slurm): ["driver"]}
+    ).items():
+        try:
+            options, refusal = check_script(text)
+        except SchedulerUnavailable as error:
+            options, refusal = "", str(error)
+        yield Finding(
+            f"sbatch options of {', '.join(stages)}",
+            refusal is None,
+            f"{options}: {refusal}" if refusal else options,
+            "change cluster.slurm.driver; it matters only with --submit-driver"
+            if stages == ["driver"]
+            else "change cluster.slurm (or its stages) and cluster.resources",
+        )
 
 
 def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[Finding]:

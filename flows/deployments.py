@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -95,8 +96,8 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
             raise UserError(
                 f"the server at {api} has no work pool {pool!r}; create it: prefect work-pool create {pool} --type process"
             ) from error
+    _register(deployments, pool, lambda deployment: deployment.apply())
     for deployment in deployments:
-        _to_deployment(deployment, pool).apply()
         console.print(f"registered {deployment['name']} for work pool {pool}", soft_wrap=True)
     _register_crash_detection()
     console.print(
@@ -123,8 +124,7 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
 
     # Keep schedules active: the next `up` continues them.
     runner = Runner(pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
-    for deployment in deployments:
-        runner.add_deployment(_to_deployment(deployment, None))
+    _register(deployments, None, runner.add_deployment)
     # In a thread, the runner neither receives the signals nor kills its flow runs on exit.
     loop = asyncio.new_event_loop()
     serving = asyncio.run_coroutine_threadsafe(runner.start(), loop)
@@ -153,6 +153,21 @@ def _end_flow_runs() -> None:
                 child.send_signal(signal.SIGINT)
                 runs.append(child)
     psutil.wait_procs(runs, timeout=_END_TIMEOUT)
+
+
+def _register(deployments: list[dict[str, Any]], pool: str | None, register: Callable[[Any], Any]) -> None:
+    """Register the deployments; the simple forms last, as their descriptions link to the full forms of the others."""
+    from flows.tailor import form_address
+
+    full_forms: list[str] = []
+    for deployment in sorted(deployments, key=lambda deployment: deployment["entrypoint"] == TAILOR):
+        described = deployment
+        if deployment["entrypoint"] == TAILOR and full_forms:
+            links = f"Forms with every setting: {', '.join(full_forms)}."
+            described = deployment | {"description": f"{deployment.get('description') or ''}\n\n{links}".strip()}
+        identity = register(_to_deployment(described, pool))
+        if deployment["entrypoint"] == EXPERIMENT:
+            full_forms.append(f"[{deployment['name']}]({form_address(identity)})")
 
 
 def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:

@@ -1,10 +1,15 @@
 """The flow behind the simple form: people name models, data, a size and machines; a preset has the other settings."""
 
+import json
 import math
 from typing import Any
+from urllib.parse import quote
+from uuid import UUID
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 
 from cluster.simulation import ClusterSpec, FailureModel
 from cluster.status import stages_of
@@ -33,7 +38,7 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
     The first artifact says what will happen, where, and for how long. A run of the same name is resumed.
 
     Args:
-        tailored: models, data, size and machines. The deployments of the presets (menu: Deployments) have every setting.
+        tailored: models, data, size and machines. The Description of this deployment links to the forms with every setting.
         approve: pause before every teacher update until a person approves the preference pairs.
         submit_driver: run the driver as a Slurm job (slurm.driver in the file of the cluster) that this flow run waits for.
     """
@@ -44,14 +49,44 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
 
     def start() -> Run:
         run = start_run(experiment)
-        create_markdown_artifact(describe_plan(run, tailored.preset, pilot), description=f"Plan of {tailored.name}")
+        plan = describe_plan(run, tailored.preset, pilot, _find_form(run.experiment, tailored.preset))
+        create_markdown_artifact(plan, description=f"Plan of {tailored.name}")
         return run
 
     drive_run(experiment, start, approve, submit_driver)
 
 
-def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
+def form_address(deployment: UUID, experiment: Experiment | None = None) -> str:
+    """Return the address of a deployment's form, filled in with an experiment.
+
+    It is relative to the page of a deployment, a flow run or an artifact: so it leads to the same interface of Prefect, the
+    old one or the new one under /v2, through any tunnel or proxy.
+    """
+    address = f"../../deployments/deployment/{deployment}/run"
+    if experiment is None:
+        return address
+    values = {"experiment": experiment.model_dump(mode="json", exclude_unset=True)}
+    return f"{address}?parameters={quote(json.dumps(values), safe='')}"
+
+
+def _find_form(experiment: Experiment, preset: str) -> str | None:
+    """Return the address of the form of a preset's deployment, filled in with an experiment; None if it is not deployed."""
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(f"montessori/{preset}")
+        except ObjectNotFound:
+            return None
+    return form_address(deployment.id, experiment)
+
+
+def describe_plan(run: Run, preset: str, pilot: Run | None, form: str | None) -> str:
     """Return what a run will do, where and for how long, as Markdown.
+
+    Args:
+        run: not started.
+        preset: has the settings that the simple form lacks.
+        pilot: finished run, to forecast the time.
+        form: address of the form with every setting.
 
     Raises:
         UserError: the pilot is not finished.
@@ -82,8 +117,10 @@ def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
             "",
             _describe_machines(experiment),
             "",
-            f"Settings: `{run.folder / 'config.yaml'}`, the preset `{preset}` with your values. The "
-            f"[deployment](/deployments) `{preset}` has the form with all of them.",
+            f"Settings: `{run.folder / 'config.yaml'}`, the preset `{preset}` with your values."
+            + (
+                f" To change any of them, choose another name in [the form with every setting]({form})." if form else ""
+            ),
         ]
     )
 

@@ -9,6 +9,7 @@ from typing import Literal
 from cluster.backends import open_backend
 from cluster.backends.local import gpus_of_this_machine
 from cluster.lock import no_driver
+from cluster.scripts import check_jobs
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import (
@@ -216,6 +217,9 @@ def _check_and_write(
     questions = check_benchmarks(benchmarks, benchmarks_copied)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
+    if experiment.cluster.profile == "slurm":
+        unused = ["judging"] if experiment.judge is None and experiment.answerer is None else []
+        warnings += check_jobs(experiment.cluster, unused)
     warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     if not opened_before:

@@ -35,7 +35,7 @@ def open_backend(
         return SlurmBackend(slurm, resources, python or slurm.python)
     if cluster.profile == "allocation":
         backend = AllocationBackend(slurm, resources, python or slurm.python)
-        backend.check()
+        backend.check(stage)
         return backend
     return LocalBackend(resources, python)
 

@@ -52,8 +52,8 @@ class AllocationBackend(LocalBackend):
         self._folders: dict[str, Path] = {}
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
 
-    def check(self) -> None:
-        """Check that a job fits into the allocation.
+    def check(self, stage: str) -> None:
+        """Check that a job of a stage fits into the allocation.
 
         Raises:
             UserError: there is no allocation around this process, or it is too small.
@@ -65,11 +65,11 @@ class AllocationBackend(LocalBackend):
             )
         self._fit = self._jobs_that_fit()
         if self._fit == 0:
-            needed = self._resources
+            needed, setting = self._resources, ".".join(filter(None, ("cluster.resources", stage)))
             raise UserError(
-                f"a job needs {needed.nodes} node(s) with {needed.gpus_per_node} GPUs and "
+                f"a job{f' of {stage}' if stage else ''} needs {needed.nodes} node(s) with {needed.gpus_per_node} GPUs and "
                 f"{needed.processes_per_node * needed.cpus_per_process} cores each, but the allocation (Slurm job "
-                f"{self._allocation}) has less; lower cluster.resources, or ask for a larger allocation"
+                f"{self._allocation}) has less; lower {setting}, or ask for a larger allocation"
             )
 
     def prepare(self) -> None:

@@ -104,7 +104,7 @@ def refusal_of(script: Path) -> str | None:
     """
     answer = call_sbatch(script, "--test-only")
     lines = answer.stderr.strip().splitlines() or [f"sbatch exited with code {answer.returncode}"]
-    return None if answer.returncode == 0 else lines[-1]
+    return None if answer.returncode == 0 else "; ".join(lines)
 
 
 def environment_outside_job(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,9 +1,12 @@
 """The simple form: what it sets, what it refuses, and the plan that a run shows first."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs
+from uuid import uuid4
 
 import pytest
 from prefect import Flow
@@ -12,8 +15,8 @@ from prefect.utilities.callables import parameter_schema
 from flows.evaluation import evaluate
 from flows.experiment import montessori
 from flows.study import compare
-from flows.tailor import describe_plan, tailor
-from montessori_core.config import Tailored, parse, read_experiment
+from flows.tailor import describe_plan, form_address, tailor
+from montessori_core.config import Experiment, Tailored, parse, read_experiment
 from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run, open_run, reopen_run
 
@@ -75,6 +78,16 @@ def test_bad_values_are_refused(content: dict[str, Any], message: str) -> None:
         parse(Tailored, content, "test")
 
 
+@pytest.mark.parametrize("size", ["quickstart", "pilot-1b", "paper-8b"])
+def test_full_form_has_values_of_experiment(size: Any) -> None:
+    experiment = Tailored(name="mine", size=size, teacher="a/teacher & (more) 'é'").experiment()
+    deployment = uuid4()
+    path, _, query = form_address(deployment, experiment).partition("?")
+    assert path == form_address(deployment)
+    assert re.fullmatch(r"[\w.=%-]+", query, re.ASCII)  # so that Markdown does not end the link
+    assert Experiment(**json.loads(parse_qs(query)["parameters"][0])["experiment"]) == experiment
+
+
 def test_missing_cluster_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read"):
         Tailored(cluster="nowhere.yaml").experiment()
@@ -83,7 +96,7 @@ def test_missing_cluster_file_is_refused() -> None:
 def plan_of(folder: Path, model: Path, **values: Any) -> tuple[Run, str]:
     tailored = Tailored(name="mine", teacher=str(model), student=str(model), **values)
     run, _ = open_run(tailored.experiment(), folder / "mine")
-    return run, describe_plan(run, tailored.preset, None)
+    return run, describe_plan(run, tailored.preset, None, None)
 
 
 def test_plan_says_what_where_and_how_long(tiny_llama: Path, tmp_path: Path) -> None:
@@ -112,10 +125,10 @@ def test_plan_of_resumed_run_warns_of_no_models(
 def test_plan_forecasts_from_a_pilot(finished_run: Path, tiny_llama: Path, tmp_path: Path) -> None:
     pilot = reopen_run(finished_run / "runs" / "tiny")
     run, _ = plan_of(tmp_path, tiny_llama)
-    plan = describe_plan(run, "quickstart", pilot)
+    plan = describe_plan(run, "quickstart", pilot, None)
     assert (
         "on 1 node(s) with 0 GPUs, without waiting in queues and without failures; forecast from the pilot `tiny`"
         in plan
     )
     with pytest.raises(UserError, match="this pilot is not finished"):
-        describe_plan(run, "quickstart", run)
+        describe_plan(run, "quickstart", run, None)

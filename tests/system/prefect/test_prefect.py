@@ -47,6 +47,7 @@ def server(
     deployments = [
         {"name": "tiny", "parameters": {"experiment": content}, "tags": ["montessori"]},
         {"name": "whole", "parameters": {"experiment": whole}},
+        {"name": "quickstart", "config": "quickstart"},
         {"name": "alone", "parameters": {"experiment": content}, "concurrency_limit": limit},
         {
             "name": "nightly",
@@ -328,6 +329,13 @@ def test_run_is_started_and_retried_in_browser(server: Server, finished_run: Pat
     check_api_key_is_nowhere(server)
 
 
+def follow(page: Page, name: str) -> None:
+    """Follow a link in the same tab; the old interface opens another one."""
+    link = page.get_by_role("link", name=name, exact=True)
+    link.evaluate("link => link.target = ''")
+    link.click()
+
+
 def cancel_short_run(server: Server, run: str) -> None:
     server.set_state(run, "CANCELLING")
     server.wait_for(run, "Cancelled", "Failed", seconds=90)  # failed: this model cannot write for the preset's sizes
@@ -335,7 +343,8 @@ def cancel_short_run(server: Server, run: str) -> None:
 
 
 @pytest.mark.slow
-def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
+def test_short_form_shows_its_plan_first(server: Server, talking_llama: Path, page: Page) -> None:
+    """The plan links to the full form, filled in with the values of the run."""
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('short', 'tailor')['id']}")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
@@ -354,6 +363,13 @@ def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
     expect(page.get_by_role("cell", name="iteration 1: teacher update")).to_be_visible()
     expect(page.get_by_text("on this machine, by its speed")).to_be_visible()
     photograph(page, "prefect-plan")
+    for interface in ("", "/v2"):
+        page.goto(f"{server.url}{interface}/artifacts/artifact/{plan['id']}")
+        follow(page, "the form with every setting")
+        expect(page.get_by_text("Teacher updates, one after the other.")).to_be_visible()
+        assert f"{interface}/deployments/deployment/{server.deployment('quickstart')['id']}/run?" in page.url
+        filled = [field.input_value() for field in page.locator("textarea").all()[:2]]
+        assert filled == ["short", str(talking_llama)]
     leave(page)
     cancel_short_run(server, run)
 
@@ -371,6 +387,18 @@ def test_short_form_starts_a_run_in_new_interface(server: Server, page: Page) ->
     leave(page)
     [run] = [run["id"] for run in server.ask("flow_runs/filter", {}) if run["name"] == "new"]
     cancel_short_run(server, run)
+
+
+@pytest.mark.parametrize("interface", ["", "/v2"])
+def test_short_form_links_to_full_forms(server: Server, page: Page, interface: str) -> None:
+    """The new interface shows the texts of a form as they are, so that links are in the deployment's description."""
+    page.goto(f"{server.url}{interface}/deployments/deployment/{server.deployment('short', 'tailor')['id']}")
+    page.get_by_text("Description", exact=True).first.click()
+    links = page.get_by_role("link").filter(has_text=re.compile("^(tiny|whole|quickstart|alone|nightly)$"))
+    expect(links).to_have_count(5)
+    follow(page, "quickstart")
+    expect(page.get_by_text("Teacher updates, one after the other.")).to_be_visible()
+    assert page.url == f"{server.url}{interface}/deployments/deployment/{server.deployment('quickstart')['id']}/run"
 
 
 @pytest.mark.slow

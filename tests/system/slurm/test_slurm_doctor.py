@@ -1,6 +1,7 @@
 """`montessori doctor` on a real Slurm."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.scripts import check_jobs
+from montessori_core.config import Cluster, Resources, StageResources
 from support import runs as whole
 from support import squares as local
 from support import wait_until
@@ -40,6 +43,38 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
         assert text in output
     assert not list((tmp_path / "runs").iterdir())
     assert queued() == []
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (
+            {"slurm": {"stages": {"influence": {"partition": "nowhere"}}}},
+            r"Slurm refuses the jobs of influence \(.*--partition=nowhere.*invalid partition.*slurm.stages.influence",
+        ),
+        ({"slurm": {"constraint": "nothing"}}, r"jobs of generation, .*Invalid feature.*resources\.generation"),
+        ({"slurm": {"extra": {"reservation": "night"}}}, r"jobs of generation, .*reservation.*nvalid"),
+        ({"slurm": {"extra": {"no-such-option": "1"}}}, r"jobs of generation, .*unrecognized option"),
+    ],
+)
+def test_run_refuses_impossible_jobs_at_once(
+    tiny_llama: Path, tmp_path: Path, cluster: dict[str, Any], message: str
+) -> None:
+    """The jobs of a late stage, too: before the first is submitted."""
+    config = whole.configuration(tmp_path, tiny_llama)
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"profile": "slurm", **cluster}))
+    code, output = whole.invoke("run", str(config), "--cluster", "cluster.yaml", cwd=tmp_path)
+    assert code == 1
+    assert re.search(message, " ".join(output.split())), output
+    assert not list((tmp_path / "runs").rglob("ledger.json"))
+
+
+def test_jobs_without_nodes_are_warned_of() -> None:
+    """The nodes may be down: sbatch accepts such jobs, and they wait."""
+    large = Resources(memory_gb=9000)
+    cluster = Cluster(profile="slurm", resources=StageResources(evaluation=large, judging=large))
+    [warning] = check_jobs(cluster, unused=["judging"])
+    assert re.search(r"jobs of evaluation \(.*--mem=9000GB.*resources\.evaluation", warning, re.DOTALL)
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ import pytest
 
 from cluster.fanout import ShardsFailed, fan_out
 from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
-from support import ROOT
+from support import file_faults
 from support import squares as local
+from support.file_faults import faults
 from support.row_programs import as_shards
 from support.squares import submissions
 
-SOURCES = ROOT / "tests" / "support" / "file_faults"
 DRIVER = """
 import logging, sys
 from pathlib import Path
@@ -36,14 +36,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 folder = local.folder
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the libraries."""
-    built = tmp_path_factory.mktemp("libraries")
-    for source in SOURCES.glob("*.c"):
-        library = built / f"{source.stem}.so"
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True)
-    return built
+libraries = file_faults.libraries
 
 
 def run(folder: Path, held: bool = False) -> list[Path]:
@@ -92,18 +85,6 @@ def test_late_results_are_awaited(folder: Path, libraries: Path, seconds: str, s
     assert sorted(local.computed(folder)) == local.NUMBERS
 
 
-def faults(folder: Path, libraries: Path, call: str, name: str, error: int, count: int) -> dict[str, str]:
-    """Return the variables with which some calls on files of the stage fail."""
-    tokens = folder / "tokens"
-    tokens.mkdir()
-    for number in range(1, count + 1):
-        (tokens / f"token-{number}").touch()
-    names = {"ROOT": folder / "stage", "NAME": name, "CALL": call, "ERROR": error, "TOKENS": tokens}
-    return {"LD_PRELOAD": str(libraries / "failing_files.so")} | {
-        f"FAULT_{key}": str(value) for key, value in names.items()
-    }
-
-
 @pytest.mark.guarantee("results seen late")
 @pytest.mark.slow
 def test_late_results_of_steps_are_awaited(folder: Path, libraries: Path) -> None:
@@ -121,7 +102,7 @@ def test_late_results_of_steps_are_awaited(folder: Path, libraries: Path) -> Non
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO])
 @pytest.mark.parametrize("name", ["rows.parquet", "stage.json", "manifest.json", "ledger.json", "part-"])
 def test_passing_read_failures_change_nothing(folder: Path, libraries: Path, name: str, error: int) -> None:
-    variables = faults(folder, libraries, "open", name, error, 3)
+    variables = faults(folder / "stage", libraries, "open", [name], error, 3)
     squares, _ = drive(folder, **variables)
     assert squares == local.EXPECTED
 
@@ -130,7 +111,7 @@ def test_passing_read_failures_change_nothing(folder: Path, libraries: Path, nam
 def test_job_with_stale_handle_is_submitted_again(
     folder: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable, value in faults(folder, libraries, "open", "rows.parquet", errno.ESTALE, 2).items():
+    for variable, value in faults(folder / "stage", libraries, "open", ["rows.parquet"], errno.ESTALE, 2).items():
         monkeypatch.setenv(variable, value)
     assert local.results(run(folder)) == local.EXPECTED
     lost = [kind for submission in submissions(folder) for kind in submission.lost.values()]
@@ -143,7 +124,7 @@ def test_quota_reached_in_a_commit_keeps_finished_shards(
     folder: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     with monkeypatch.context() as quota:
-        for variable, value in faults(folder, libraries, "write", name, errno.EDQUOT, 1).items():
+        for variable, value in faults(folder / "stage", libraries, "write", [name], errno.EDQUOT, 1).items():
             quota.setenv(variable, value)
         with pytest.raises(ShardsFailed, match=r"\(disk_full\): .*Disk quota exceeded") as failure:
             run(folder)
