@@ -61,21 +61,6 @@ def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, floa
     return float(differences.mean()), error
 
 
-def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
-    """Return two standard deviations of the rounding noise of an influence, nats.
-
-    Args:
-        student: losses of the student.
-        perturbed: losses after a perturbation of the weights by their rounding error, which changes the rounding of all
-            activations, too. Each reference example is one draw of the activations' noise; the noise of the weights is
-            common to all examples.
-        reduction: reduction of the reference loss.
-    """
-    differences = influence_by_example(student, perturbed, reduction)
-    independent = float(differences.square().mean().sqrt()) / math.sqrt(len(differences))
-    return 2.0 * max(abs(float(differences.mean())), independent)
-
-
 def random_order(count: int) -> list[int]:
     """Return a fixed random order of the reference examples, the same for all workers."""
     order = list(range(count))

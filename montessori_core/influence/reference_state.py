@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from montessori_core.errors import DataError
 from montessori_core.files import commit
 from montessori_core.influence.projections import AlongDirections
-from montessori_core.influence.reference import Loss, ReferenceSet, rounding_noise
+from montessori_core.influence.reference import Loss, ReferenceSet
+from montessori_core.influence.rounding import rounding_noise
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.locks import take_lock

@@ -19,6 +19,7 @@ from montessori_core.influence.gradients import FactoredGradient, GradientCaptur
 from montessori_core.influence.host_memory import pinned_tensors
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.influence.projections import Direction, Projection, RandomDirections, as_matrix
+from montessori_core.influence.rounding import perturb_weights
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.models.linear_layers import cast_linear_layers_
 from montessori_core.training.moments import Moments, number_type, weights_checksums
@@ -367,22 +368,6 @@ class ResidentStudent:
         for start in range(0, rows, height):
             part = slice(start, min(start + height, rows))
             yield part, *(tensor[part].to(self.device, dtype, non_blocking=True) for tensor in tensors)
-
-
-@torch.no_grad()
-def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Move each weight to an adjacent floating-point number with probability 1/12: the variance of rounding."""
-    for number, parameter in enumerate(parameters.values()):
-        generator = torch.Generator(parameter.device).manual_seed(number)
-        uniform = torch.rand(parameter.shape, generator=generator, device=parameter.device)
-        infinity = torch.full_like(parameter, torch.inf)
-        parameter.copy_(
-            torch.where(
-                uniform < 1 / 24,
-                torch.nextafter(parameter, infinity),
-                torch.where(uniform > 23 / 24, torch.nextafter(parameter, -infinity), parameter),
-            )
-        )
 
 
 def _check_moments(moments: Moments, parameters: Mapping[str, torch.nn.Parameter]) -> None:
