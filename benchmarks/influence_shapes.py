@@ -86,7 +86,7 @@ def say(text: str) -> None:
 
 def measure(
     name: str,
-    numbers: Any,
+    dtypes: Any,
     estimator: Any,
     arguments: argparse.Namespace,
     device: torch.device,
@@ -98,7 +98,7 @@ def measure(
         UserError: the device or the host has too little memory for the plan.
         torch.OutOfMemoryError: the device has too little memory.
     """
-    dtype, state = numbers
+    dtype, state = dtypes
     count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
     model = random_model(name, weights_type(dtype), device)
     shape = Shape.of(model)
@@ -106,7 +106,7 @@ def measure(
     # A job of first order measures as many tokens together as its longest example may have.
     longest = arguments.tokens * (count if estimator == "first_order" else 1)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
-    plan = plan_memory(shape, estimator, numbers, longest, _BATCH_TOKENS, memory)
+    plan = plan_memory(shape, estimator, dtypes, longest, _BATCH_TOKENS, memory)
     plan.check(host_memory_limit())
 
     mixed = dtype == "mixed"

@@ -16,7 +16,7 @@ from cluster.backends.command import run_command
 from cluster.backends.slurm import largest_array, seconds_of
 from cluster.driver_job import script_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
-from cluster.scripts import check_script, scripts_of
+from cluster.scripts import check_script, options_in, scripts_of
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, HeldJobs, Resources
@@ -157,10 +157,11 @@ def _check_scripts(cluster: Cluster) -> Iterator[Finding]:
     for text, stages in (
         scripts_of(cluster) | {script_of(Path(), "driver", [], {}, cluster.slurm): ["driver"]}
     ).items():
+        options = options_in(text)
         try:
-            options, refusal = check_script(text)
+            refusal = check_script(text)
         except SchedulerUnavailable as error:
-            options, refusal = "", str(error)
+            refusal = str(error)
         yield Finding(
             f"sbatch options of {', '.join(stages)}",
             refusal is None,

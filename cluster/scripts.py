@@ -1,8 +1,9 @@
 """Have Slurm check the options of each stage's jobs without a submission (`sbatch --test-only`)."""
 
+import logging
 import tempfile
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.backends.base import SchedulerUnavailable
@@ -11,12 +12,17 @@ from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _NAME = "montessori-check"
 # Of every script, whatever the configuration says.
 _SAME_IN_EACH_SCRIPT = ("--job-name", "--output", "--error", "--open-mode", "--signal", "--parsable")
-# Parts of refusals that time does not change. Other jobs would wait in the queue: their nodes may be down, which
-# --test-only does not tell from nodes that do not exist.
+# Lines of sbatch itself, not of the site, with these parts: refusals that time does not change. Other jobs would wait in the
+# queue: their nodes may be down, which --test-only does not tell from nodes that do not exist.
+_OF_SBATCH = ("allocation failure:", "sbatch: error:", "sbatch: unrecognized", "sbatch: invalid")
 _PERMANENT = ("nvalid", "not permitted", "nrecognized")
+_accepted: set[str] = set()
+"""Scripts that Slurm has accepted: the runs of a study have the same."""
 
 
 def scripts_of(cluster: Cluster) -> dict[str, list[str]]:
@@ -28,23 +34,35 @@ def scripts_of(cluster: Cluster) -> dict[str, list[str]]:
     return scripts
 
 
-def check_script(text: str) -> tuple[str, str | None]:
-    """Return the options of a batch script in one line, and why Slurm refuses it; None if it does not.
+def options_in(text: str) -> str:
+    """Return the options of a batch script in one line."""
+    with _script(text) as script:
+        return " ".join(option for option in options_of(script) if not option.startswith(_SAME_IN_EACH_SCRIPT))
+
+
+def check_script(text: str) -> str | None:
+    """Return why Slurm refuses a batch script; None if it does not.
 
     Raises:
         SchedulerUnavailable: sbatch does not answer.
     """
+    with _script(text) as script:
+        return refusal_of(script)
+
+
+@contextmanager
+def _script(text: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.sh"
         script.write_text(text, encoding="utf-8")
-        options = [option for option in options_of(script) if not option.startswith(_SAME_IN_EACH_SCRIPT)]
-        return " ".join(options), refusal_of(script)
+        yield script
 
 
 def check_jobs(cluster: Cluster, unused: Collection[str] = ()) -> list[str]:
-    """Have Slurm check the jobs of each stage, before early stages compute for hours; return passing refusals as warnings.
+    """Have Slurm check the jobs of each stage, before early stages compute for hours; return what may pass as warnings.
 
-    If sbatch does not answer, nothing is checked: the driver will wait for it.
+    If sbatch or the controller does not answer, nothing is checked: the driver will wait for it. Nor if sbatch does not know
+    --test-only, as emulations of it.
 
     Args:
         cluster: configuration.
@@ -53,21 +71,31 @@ def check_jobs(cluster: Cluster, unused: Collection[str] = ()) -> list[str]:
     Raises:
         UserError: Slurm never accepts some jobs, such as those of an unknown partition; names stages and settings.
     """
+    scripts = {
+        text: stages
+        for text, sharing in scripts_of(cluster).items()
+        if (stages := [stage for stage in sharing if stage not in unused]) and text not in _accepted
+    }
+    if scripts:
+        log.info("asking Slurm whether it would accept the jobs (sbatch --test-only)")
     permanent: list[str] = []
-    passing: list[str] = []
+    temporary: list[str] = []
     with suppress(SchedulerUnavailable):
-        for text, sharing in scripts_of(cluster).items():
-            stages = [stage for stage in sharing if stage not in unused]
-            options, refusal = check_script(text) if stages else ("", None)
+        for text, stages in scripts.items():
+            refusal = check_script(text)
             if refusal is None:
+                _accepted.add(text)
                 continue
+            if "test-only" in refusal:
+                break
             fields = [f"slurm.stages.{stage}" for stage in stages if stage in cluster.slurm.stages]
             fields += [f"resources.{stage}" for stage in stages]
-            refusals = permanent if any(part in refusal for part in _PERMANENT) else passing
+            lines = [line for line in refusal.split("; ") if line.startswith(_OF_SBATCH)]
+            refusals = permanent if any(part in line for line in lines for part in _PERMANENT) else temporary
             refusals.append(
-                f"Slurm refuses the jobs of {', '.join(stages)} ({options}): {refusal}\nChange cluster.slurm or, for these "
-                f"stages, {', '.join(fields)} under cluster; montessori doctor --cluster FILE checks the whole file"
+                f"Slurm refuses the jobs of {', '.join(stages)} ({options_in(text)}): {refusal}\nChange cluster.slurm or, "
+                f"for these stages, {', '.join(fields)} under cluster; montessori doctor --cluster FILE checks the whole file"
             )
     if permanent:
         raise UserError("\n".join(permanent))
-    return passing
+    return temporary

@@ -96,9 +96,13 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
             raise UserError(
                 f"the server at {api} has no work pool {pool!r}; create it: prefect work-pool create {pool} --type process"
             ) from error
-    _register(deployments, pool, lambda deployment: deployment.apply())
-    for deployment in deployments:
-        console.print(f"registered {deployment['name']} for work pool {pool}", soft_wrap=True)
+
+    def register(deployment: Any) -> Any:
+        identity = deployment.apply()
+        console.print(f"registered {deployment.name} for work pool {pool}", soft_wrap=True)
+        return identity
+
+    _register(deployments, pool, register)
     _register_crash_detection()
     console.print(
         "start a worker on a host that can submit jobs, with the folder of runs: "

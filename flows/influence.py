@@ -67,7 +67,8 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
         _check_out(table)
     folder = out.with_name(out.name + ".parts").resolve()
     with opened_inputs(measurement, folder) as inputs, _opened_store(measurement.store):
-        record_command(folder, command, measurement.student.model, tables[-1], measurement.cluster)
+        missing = next((table for table in tables if not table.exists()), tables[-1])
+        record_command(folder, command, measurement.student.model, missing, measurement.cluster)
         for number, (target, table) in enumerate(zip(inputs.targets, tables, strict=True)):
             of_target = folder / f"on-{target.name}" if measurement.targets else folder
             joint = JointStage(folder / "targets", number) if measurement.targets else None
@@ -131,7 +132,8 @@ def _check_store(stage: Stage, rows: Rows) -> None:
     kept = read_record(stage.folder / "stage.json", Description)
     if kept is None:
         return
-    now, before = ({**settings["step"], **settings, "step": None} for settings in (stage.settings, kept.settings))
+    recorded = {"state_dtype": "float32", **kept.settings}  # a store made before this setting
+    now, before = ({**settings["step"], **settings, "step": None} for settings in (stage.settings, recorded))
     differences = [f"{name} {before.get(name)}, not {now.get(name)}" for name in now if now[name] != before.get(name)]
     differences += [f"another {name}" for name, key in stage.input_hashes.items() if kept.input_hashes.get(name) != key]
     differences += ["no moments"] if kept.input_hashes.keys() - stage.input_hashes.keys() else []
@@ -246,5 +248,6 @@ def compute_parts(
         shards = cut_for_jobs(folder, rows, resources.parallel_jobs, rows_per_shard)
     else:
         shards = Shards(rows, len(rows))
-    with ProgressBar(f"{program.name}, {folder.name}") as bar:
+    target = folder.parent.name.removeprefix("on-") if folder.parent.name.startswith("on-") else ""
+    with ProgressBar(", ".join(filter(None, [program.name, target, folder.name]))) as bar:
         return fan_out(stage, shards, resources, cluster, bar.show)

@@ -1,5 +1,6 @@
 """What a measurement of influence outside a run is of: student, examples and reference sets, read and checked."""
 
+import itertools
 import logging
 import re
 import shutil
@@ -114,12 +115,12 @@ class Inputs:
 
 
 def names_of_targets(measurement: Measurement) -> list[str]:
-    """Return a name of each reference set, of letters, digits, '_' and '-': from its path, with a number if taken."""
+    """Return a name of each reference set, of letters, digits, '_' and '-': from its path, with a number if it is taken."""
     names: list[str] = []
     for source in (measurement.reference, *measurement.targets):
         name = re.sub(r"[^\w-]+", "-", Path(source.path).name.partition(".")[0], flags=re.ASCII).strip("-") or "set"
-        same = sum(other == name or other.rpartition("-")[0] == name for other in names)
-        names.append(f"{name}-{same + 1}" if name in names else name)
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(free for free in itertools.chain([name], numbered) if free not in names))
     return names
 
 
@@ -149,14 +150,16 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
                 shutil.copyfile(examples, copy)
             examples.unlink()
             write_bad_rows(left_out, folder)
-            targets = []
+            targets: list[Target] = []
             for name, tasks in zip(names_of_targets(measurement), references, strict=True):
                 file = folder / (f"reference-{name}.jsonl" if measurement.targets else _REFERENCE)
                 write_tasks(tasks, file)
                 targets.append(Target(name, tasks, file))
             rows = task_rows(folder / _EXAMPLES, ExampleRow)
             warnings = thinking_warning("examples", _tasks_of(rows))
-            warnings += [warning for target in targets for warning in thinking_warning("reference", target.examples)]
+            for target in targets:
+                name = f"reference {target.name}" if measurement.targets else "reference"
+                warnings += thinking_warning(name, target.examples)
             for warning in warnings:
                 log.warning(warning)
             first, models = targets[0], _open_models(measurement, folder)

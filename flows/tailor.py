@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID
@@ -38,7 +39,8 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
     The first artifact says what will happen, where, and for how long. A run of the same name is resumed.
 
     Args:
-        tailored: models, data, size and machines. The Description of this deployment links to the forms with every setting.
+        tailored: models, data, size and machines. The Description of this deployment links to the forms with every setting
+            that are deployed, too.
         approve: pause before every teacher update until a person approves the preference pairs.
         submit_driver: run the driver as a Slurm job (slurm.driver in the file of the cluster) that this flow run waits for.
     """
@@ -49,34 +51,35 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
 
     def start() -> Run:
         run = start_run(experiment)
-        plan = describe_plan(run, tailored.preset, pilot, _find_form(run.experiment, tailored.preset))
+        values = {"experiment": run.experiment.model_dump(mode="json", exclude_unset=True)}
+        form = _find_form(tailored.preset, values | {"approve": approve, "submit_driver": submit_driver})
+        plan = describe_plan(run, tailored.preset, pilot, form)
         create_markdown_artifact(plan, description=f"Plan of {tailored.name}")
         return run
 
     drive_run(experiment, start, approve, submit_driver)
 
 
-def form_address(deployment: UUID, experiment: Experiment | None = None) -> str:
-    """Return the address of a deployment's form, filled in with an experiment.
+def form_address(deployment: UUID, values: Mapping[str, Any] | None = None) -> str:
+    """Return the address of a deployment's form, filled in with values of its parameters.
 
     It is relative to the page of a deployment, a flow run or an artifact: so it leads to the same interface of Prefect, the
     old one or the new one under /v2, through any tunnel or proxy.
     """
     address = f"../../deployments/deployment/{deployment}/run"
-    if experiment is None:
+    if values is None:
         return address
-    values = {"experiment": experiment.model_dump(mode="json", exclude_unset=True)}
     return f"{address}?parameters={quote(json.dumps(values), safe='')}"
 
 
-def _find_form(experiment: Experiment, preset: str) -> str | None:
-    """Return the address of the form of a preset's deployment, filled in with an experiment; None if it is not deployed."""
+def _find_form(preset: str, values: Mapping[str, Any]) -> str | None:
+    """Return the address of the form of a preset's deployment, filled in with values; None if it is not deployed."""
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"montessori/{preset}")
         except ObjectNotFound:
             return None
-    return form_address(deployment.id, experiment)
+    return form_address(deployment.id, values)
 
 
 def describe_plan(run: Run, preset: str, pilot: Run | None, form: str | None) -> str:
@@ -131,7 +134,7 @@ def _describe_machines(experiment: Experiment) -> str:
     local = "this machine" if cluster.profile == "local" else "the allocation"
     rows = []
     for stage, needed in cluster.resources:
-        if stage == "judging" and experiment.judge is None and experiment.answerer is None:
+        if stage == "judging" and not experiment.asks_api:
             continue
         partition = cluster.slurm.of_stage(stage).partition or "the default partition"
         place = f"Slurm, {partition}" if cluster.profile == "slurm" else local

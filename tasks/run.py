@@ -217,9 +217,8 @@ def _check_and_write(
     questions = check_benchmarks(benchmarks, benchmarks_copied)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
-    if experiment.cluster.profile == "slurm":
-        unused = ["judging"] if experiment.judge is None and experiment.answerer is None else []
-        warnings += check_jobs(experiment.cluster, unused)
+    if experiment.cluster.profile == "slurm" and not run.finished:
+        warnings += check_jobs(experiment.cluster, [] if experiment.asks_api else ["judging"])
     warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     if not opened_before:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 DRIVER_JOB = "MONTESSORI_DRIVER_JOB"
 """Environment variable: in a driver's job, its unique name."""
 
+CONTROLLER_DOWN = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
 SBATCH_PATIENCE = 120.0
 """Seconds that sbatch may take to answer."""
 _OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
@@ -103,6 +104,8 @@ def refusal_of(script: Path) -> str | None:
         SchedulerUnavailable: sbatch does not answer.
     """
     answer = call_sbatch(script, "--test-only")
+    if any(sign in answer.stderr for sign in CONTROLLER_DOWN):
+        raise SchedulerUnavailable(f"sbatch: {answer.stderr.strip()}")
     lines = answer.stderr.strip().splitlines() or [f"sbatch exited with code {answer.returncode}"]
     return None if answer.returncode == 0 else "; ".join(lines)
 

@@ -20,7 +20,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, split_for_array
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import SBATCH_PATIENCE, SbatchExecutor
+from cluster.backends.sbatch import CONTROLLER_DOWN, SBATCH_PATIENCE, SbatchExecutor
 from cluster.import_path import check_import_path
 from cluster.supervisor import kill_tree
 from cluster.worker import run_task
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 # Reasons of jobs that Slurm holds, in several versions of it. `job requeued in held state` is not one: its owner holds it.
 _NEVER_LAUNCHED = re.compile("JobHoldMaxRequeue|.*[ _]requeued[ _]held")
-_CONTROLLER_DOWN = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
 _DEFAULT_ARRAY_LIMIT = 1001  # Slurm's default of MaxArraySize
 _CANCEL_TIMEOUT = 120.0  # seconds; Slurm's KillWait is 30 by default
@@ -133,7 +132,7 @@ class SlurmBackend:
 
     def accepts_later(self, refusal: str) -> bool:
         """Whether sbatch would accept jobs later: the controller is down, or this user has too many jobs at the moment."""
-        if any(sign in refusal for sign in _CONTROLLER_DOWN):
+        if any(sign in refusal for sign in CONTROLLER_DOWN):
             return True
         if not any(sign in refusal for sign in _TOO_MANY_JOBS):
             return False

@@ -105,7 +105,7 @@ StateNumberType = Annotated[
     str,
     typer.Option(
         help="What AdamW's moments and the reference gradient are kept in: float32, or bfloat16, which takes half the "
-        "memory of a large student's state; arithmetic is in fp32."
+        "memory of a large student's state; arithmetic is in fp32. With --dtype bfloat16 they are in bfloat16 anyway."
     ),
 ]
 ClusterInsteadOfDevice = Annotated[

@@ -28,7 +28,10 @@ def plan(
         str, typer.Option(help="Precision: float32, mixed or bfloat16; see montessori influence --help.")
     ] = "float32",
     state_dtype: Annotated[
-        str, typer.Option(help="What moments and reference gradient are kept in: float32 or bfloat16.")
+        str,
+        typer.Option(
+            help="What moments and reference gradient are kept in: float32 or bfloat16; see montessori influence --help."
+        ),
     ] = "float32",
     max_length: Annotated[
         int, typer.Option(min=32, help="Tokens of the longest example, or of the longest pair for a teacher.")
@@ -67,9 +70,9 @@ def plan(
     memory = int(gpu_memory * GB)
     fits = True
     for name in (influence.screening.estimator, "exact") if estimator == "screened" else (influence.estimator,):
-        numbers = influence.dtype, influence.state_dtype
-        memory_plan = plan_memory(shape, name, numbers, max_length, reference_batch_tokens, memory)
-        kept = "" if state_dtype == "float32" else ", state in 16 bits"
+        dtypes = influence.dtype, influence.state_dtype
+        memory_plan = plan_memory(shape, name, dtypes, max_length, reference_batch_tokens, memory)
+        kept = ", state in 16 bits" if "bfloat16" in dtypes else ""
         print_memory_plan(memory_plan, f"{student}: {name}, {dtype}{kept}, one worker", gpu_memory)
         fits &= memory_plan.fits
     console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, {shape.trained / 1e9:.3f}e9 of them trained")

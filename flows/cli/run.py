@@ -54,7 +54,8 @@ def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
     reopened = _reopen(run_dir)
     if as_job:
         check_driver_job(reopened.experiment)
-    opened, _ = open_run(reopened.experiment, reopened.folder)
+    opened, warnings = open_run(reopened.experiment, reopened.folder)
+    warn(warnings)
     drive_run(opened, as_job)
 
 
@@ -74,7 +75,8 @@ def retry(
     if stage is not None and shard is None:
         raise UserError("--stage needs --shard: without it, retry submits what is missing in all stages")
     reopened = _reopen(run_dir)
-    opened, _ = open_run(reopened.experiment, reopened.folder)
+    opened, warnings = open_run(reopened.experiment, reopened.folder)
+    warn(warnings)
     if shard is not None:
         with no_driver(opened.folder):
             invalidate_shard(stage_folder(opened, stage), shard)

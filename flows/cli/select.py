@@ -237,4 +237,4 @@ def _ranges(pool: "Pool", chosen: list[int], by: tuple[str, ...]) -> str:
         for name in by:
             if (number := number_in(row[name])) is not None and math.isfinite(number):
                 numbers[name].append(number)
-    return "".join(f", {name} {min(own):.4g} to {max(own):.4g}" for name, own in numbers.items() if own)
+    return "".join(f", {name} {min(scores):.4g} to {max(scores):.4g}" for name, scores in numbers.items() if scores)

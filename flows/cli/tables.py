@@ -185,9 +185,7 @@ def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
 
     table = Table("item", "GB", "place", "while", title=title, title_justify="left")
     for need in plan.needs:
-        pinned = (
-            ", pinned" if need.home == "host" and need.name in plan.placement and need.name != "gradient sum" else ""
-        )
+        pinned = ", pinned" if need.pinned else ""
         when = "" if need.phases == PHASES else need.phases[0]
         table.add_row(need.name, f"{need.size / GB:.2f}", need.home + pinned, when)
     table.add_section()

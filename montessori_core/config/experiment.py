@@ -141,6 +141,11 @@ class Experiment(Section):
             )
         return self
 
+    @property
+    def asks_api(self) -> bool:
+        """Whether jobs ask a model behind an API: those of `cluster.resources.judging`."""
+        return any((self.judge, self.strong_teacher, self.answerer))
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine an iteration's data and models, as plain data.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.data.cards import CARD, is_licence, read_header
+from montessori_core.data.files import kind_of
 from montessori_core.data.shards import is_url
 from montessori_core.files import read_json, write_json
 
@@ -44,7 +45,7 @@ def origin_of(path: str, commit: str | None = None) -> Origin:
     if commit is not None:
         return Origin(_licence_in(_hub_card(path, commit)), commit)
     local = Path(os.path.expanduser(path))
-    if local.parts[:1] == ("builtin",) and not local.exists():
+    if local.parts[:1] == ("builtin",) and not kind_of(path):
         return Origin(_BUILT_IN)
     if is_url(path):
         return Origin(None)

@@ -110,17 +110,17 @@ def _number(score: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _index(present: Any, model: str, evaluated: Evaluated) -> list[dict[str, Any]]:
-    """Return the model-index of a card: results of other data sets are kept."""
+    """Return the model-index of a card: results of other evaluations are kept."""
     entry = present[0] if isinstance(present, list) and present and isinstance(present[0], dict) else {}
     others = entry.get("results")
-    results = _results(evaluated)
-    measured = [result["dataset"] for result in results]
     kept = [
         other
         for other in (others if isinstance(others, list) else [])
-        if isinstance(other, dict) and other.get("dataset") not in measured
+        if isinstance(other, dict)
+        and isinstance(data := other.get("dataset"), dict)
+        and data.get("config") != evaluated.name
     ]
-    return [{"name": entry.get("name") or model, "results": [*kept, *results]}]
+    return [{"name": entry.get("name") or model, "results": [*kept, *_results(evaluated)]}]
 
 
 def _results(evaluated: Evaluated) -> list[dict[str, Any]]:
@@ -134,7 +134,11 @@ def _results(evaluated: Evaluated) -> list[dict[str, Any]]:
             metric = {"type": score["metric"], "value": _rounded(score["mean"]), "name": score["metric"]}
             metrics.setdefault(score["benchmark"], []).append(metric)
     return [
-        {"task": {"type": "text-generation"}, "dataset": {"name": name, "type": name}, "metrics": values}
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": name, "type": name, "config": evaluated.name},
+            "metrics": values,
+        }
         for name, values in metrics.items()
     ]
 

@@ -189,14 +189,15 @@ def step_with_counts(
 
 @cache
 def fused_step() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Return `step_with_counts` as one kernel on the GPU: several would read and write memory four times as much.
+    """Return `step_with_counts` compiled for the GPU: kernels for single operations would read and write much more memory.
 
     Where it cannot be compiled (Triton needs a C compiler on the node), it is as it is written.
     """
     compiled = torch.compile(step_with_counts, dynamic=True)
     try:
-        ones = torch.ones(1024, device="cuda")
-        compiled(ones, ones, ones, 1e-8)
+        # Sums are split for the size of the first tensors; later ones have other sizes, but rarely more elements.
+        gradient, past, past_square = torch.rand(3, BLOCK["cuda"], device="cuda")
+        compiled(gradient, past, past_square, 1e-8)
     except Exception as error:
         log.warning("first order takes longer on this node, because its step cannot be compiled: %s", error)
         return step_with_counts

@@ -195,8 +195,8 @@ def _placement(model: Any, settings: StepSettings, estimator: Planned, batch_tok
     if model.device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(model.device)
-    numbers = settings.dtype, settings.state_dtype
-    plan = plan_memory(Shape.of(model), estimator, numbers, settings.max_length, batch_tokens, memory, targets)
+    dtypes = settings.dtype, settings.state_dtype
+    plan = plan_memory(Shape.of(model), estimator, dtypes, settings.max_length, batch_tokens, memory, targets)
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
     plan.check(host_memory_limit())
     return plan.placement

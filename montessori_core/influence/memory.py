@@ -30,12 +30,12 @@ USABLE = 0.92
 """Share of the device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
 
 _DEVICE_REMEDY = (
-    "lower influence.reference_batch_tokens or student.max_length, train LoRA matrices (student.lora), set influence.dtype: "
-    "bfloat16, or use a GPU with more memory"
+    "lower influence.reference_batch_tokens or student.max_length, train LoRA matrices (student.lora), set "
+    "influence.state_dtype: bfloat16 or influence.dtype: bfloat16, or use a GPU with more memory"
 )
 _HOST_REMEDY = (
-    "raise memory_gb of influence in cluster.resources, train LoRA matrices (student.lora), or use a GPU with more memory, "
-    "where more of this fits"
+    "raise memory_gb of influence in cluster.resources, set influence.state_dtype: bfloat16, train LoRA matrices "
+    "(student.lora), measure on fewer reference sets at a time, or use a GPU with more memory, where more of this fits"
 )
 
 _ACTIVATIONS, _BF16_COPIES, _WRITTEN = "activations", "bf16 copies, beyond these", "copy of gradients, to write them"
@@ -53,6 +53,11 @@ class Need:
     size: int
     home: Home
     phases: tuple[Phase, ...] = PHASES
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is in pinned host memory on a GPU's machine: what is copied to the GPU again and again."""
+        return self.home == "host" and self.name in ON_DEVICE and self.name != "gradient sum"
 
     def home_while(self, phase: Phase) -> Home | None:
         """Return where it is in this phase, if it is in memory."""
@@ -126,7 +131,7 @@ class MemoryPlan:
 def plan_memory(
     shape: Shape,
     estimator: Planned,
-    numbers: tuple[Dtype, StateDtype],
+    dtypes: tuple[Dtype, StateDtype],
     max_length: int,
     reference_batch_tokens: int,
     device_limit: int,
@@ -139,13 +144,13 @@ def plan_memory(
         estimator: 'exact' needs the snapshot for each example; 'first_order' needs the reference gradient, the gradient of
             half the reference set in bf16, and the snapshot until it has both; 'linear' needs both gradients and the rows of
             tokens; 'steps', which are kept for any reference set, need no gradient of one.
-        numbers: see `dtype` and `state_dtype` of `config.Influence`.
+        dtypes: see `dtype` and `state_dtype` of `config.Influence`.
         max_length: tokens of the longest example.
         reference_batch_tokens: tokens of a batch of reference examples.
         device_limit: bytes of the device.
         targets: number of reference sets.
     """
-    dtype, state_dtype = numbers
+    dtype, state_dtype = dtypes
     width, state_width = (2 if dtype == "bfloat16" else 4), (2 if "bfloat16" in (dtype, state_dtype) else 4)
     needs = [
         *_weights(shape, estimator, dtype),
@@ -157,17 +162,22 @@ def plan_memory(
         rows = shape.token_rows
         needs.append(Need(_DIRECTIONS, direction_width * (2 * shape.trained + 4 * rows), "device", _MEASURING))
         needs.append(Need("rows of tokens, in fp32", 4 * 4 * rows, "host"))
-    for name, bytes_each, phases in _movable(estimator, width, state_width):
+    for name, bytes_each, phases in _movable(estimator, width, state_width, targets):
         size = bytes_each * shape.trained * (targets if name in _OF_TARGETS else 1)
         fitting = [phase for phase in phases if _sum(needs, "device", phase) + size <= device_limit * USABLE]
         homes = {need.name: need.home for need in needs}
         # What is kept of a sum in host memory moves with the moments, when the snapshot is gone.
         waits = len(fitting) < len(phases) or (name == "reference gradient" and homes.get("gradient sum") == "host")
-        moved: Home = "host, then device" if "measuring" in fitting else "host"
-        needs.append(Need(name, size, moved if waits else "device", phases))
+        home: Home = "device"
+        if waits:
+            home = "host, then device" if "measuring" in fitting else "host"
+            if "measuring" in phases:  # memory of the host is allocated before a sum is freed
+                phases = PHASES
+        needs.append(Need(name, size, home, phases))
     gradients = [need for need in needs if need.name in _OF_TARGETS]
-    if copied := sum(need.size for need in gradients if need.home == "device"):  # by the first worker, for all others
-        needs.append(Need(_WRITTEN, copied, "host"))
+    # By the first worker, for all others, a set after the other.
+    if copied := sum(need.size for need in gradients if need.home == "device") // targets:
+        needs.append(Need(_WRITTEN, copied, "host", _OPENING))
     return MemoryPlan(tuple(needs), device_limit)
 
 
@@ -180,7 +190,9 @@ def _weights(shape: Shape, estimator: Planned, dtype: Dtype) -> list[Need]:
     return [Need("weights", weights, "device", _OPENING), Need("weights, cast", weights - cast, "device", _MEASURING)]
 
 
-def _movable(estimator: Planned, width: int, state_width: int) -> list[tuple[str, int, tuple[Phase, ...]]]:
+def _movable(
+    estimator: Planned, width: int, state_width: int, targets: int
+) -> list[tuple[str, int, tuple[Phase, ...]]]:
     """Return the tensors like the trained parameters that may be in host memory: kind, bytes of a number, and when.
 
     Those come first that save the most copying.
@@ -196,8 +208,9 @@ def _movable(estimator: Planned, width: int, state_width: int) -> list[tuple[str
         return [*moments, snapshot]
     if state_width == width:
         return [*moments, ("reference gradient", width, PHASES), half, snapshot]
-    added_up, kept = ("gradient sum", width, _OPENING), ("reference gradient", state_width, _MEASURING)
-    return [*moments, added_up, kept, half, snapshot]
+    # The gradient of one set takes the place of its sum; those of other sets are beside it.
+    kept = ("reference gradient", state_width, _MEASURING if targets == 1 else PHASES)
+    return [*moments, ("gradient sum", width, _OPENING), kept, half, snapshot]
 
 
 def _passes(shape: Shape, estimator: Planned, dtype: Dtype, max_length: int, reference_batch_tokens: int) -> list[Need]:

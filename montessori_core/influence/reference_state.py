@@ -30,7 +30,7 @@ class ReferenceGradient:
     """The gradient of the reference loss at the null step; for a linear step, `AdamW.linear_direction` of it.
 
     Attributes:
-        full: of all reference examples, by parameter, see `ResidentStudent.keep`.
+        full: of all reference examples, by parameter, see `ResidentStudent.round_gradients`.
         half: the part of a random half of them, in bf16; for the standard error.
         null_projections: <gradient, null step> of both; zero for a linear step, which is relative to the null step.
         rows: of tokens, by parameter; for a linear step.
@@ -175,6 +175,6 @@ def _measure_gradient(
         student.linearise_(sums)
         student.linearise_(half)
         return loss, ReferenceGradient(sums, half, [0.0, 0.0], rows)
-    full = student.keep(sums)
+    full = student.round_gradients(sums)
     null_projections = student.project_null_step(AlongDirections([full, half])).tolist()
     return loss, ReferenceGradient(full, half, null_projections, {})

@@ -27,7 +27,7 @@ from montessori_core.training.moments import Moments, number_type, weights_check
 Home = Literal["device", "host", "host, then device"]
 """The last is in host memory until the reference set is measured."""
 Placement = Mapping[str, Home]
-"""Home of each kind of tensor; 'gradient sum' becomes the reference gradient, see `ResidentStudent.keep`."""
+"""Home of each kind of tensor; 'gradient sum' becomes the reference gradient, see `ResidentStudent.round_gradients`."""
 
 ON_DEVICE: Placement = {
     "first moment": "device",
@@ -85,8 +85,8 @@ class ResidentStudent:
             placement: home of moments, snapshot and gradients.
             typical_tokens: response tokens of an example whose weight is that of `adamw`; the weight of others is in
                 proportion to their response tokens. None: all have the same weight.
-            state_dtype: what moments and reference gradients are kept in; arithmetic is in the dtype of the weights, at
-                least fp32 for projections. None: that of the weights.
+            state_dtype: what moments and reference gradients are kept in; arithmetic is in the dtype of the weights, and
+                of projections in fp32. None: that of the weights.
 
         Raises:
             DataError: the moments belong to another model.
@@ -210,8 +210,8 @@ class ResidentStudent:
         kind = "gradient sum" if self._state_dtype else "reference gradient"
         return {name: self.place(torch.zeros_like(p), kind, name) for name, p in self.parameters.items()}
 
-    def keep(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return added-up reference gradients as they are kept, see `state_dtype`; take them out of `sums`."""
+    def round_gradients(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return added-up reference gradients rounded to `state_dtype`, in their home; take them out of `sums`."""
         dtype = self._state_dtype
         if dtype is None:
             return sums
@@ -285,8 +285,13 @@ class ResidentStudent:
         stays = self._placement[kind] == "host" and kind != "gradient sum"
         if self.device.type == "cpu" or not stays:  # pinned memory is not freed
             return tensor.cpu()
-        if not self._unused.get(kind):  # all tensors of a kind have one dtype
-            self._unused[kind] = pinned_tensors({n: (p.shape, tensor.dtype) for n, p in self.parameters.items()})
+        if not self._unused.get(kind):
+            dtypes = {
+                n: p.dtype if kind == "snapshot" else self._state_dtype or p.dtype for n, p in self.parameters.items()
+            }
+            if kind == "half gradient":
+                dtypes = dict.fromkeys(dtypes, torch.bfloat16)
+            self._unused[kind] = pinned_tensors({n: (p.shape, dtypes[n]) for n, p in self.parameters.items()})
         return self._unused[kind].pop(name).copy_(tensor)
 
     def end_steps(self) -> None:

@@ -5,7 +5,12 @@ from torch import nn
 
 
 def parameters_of_linear_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Return weights and biases of linear layers, without tables that are also embeddings."""
+    """Return weights and biases of linear layers, without tables that are also embeddings.
+
+    None of a DoRA adapter, which also computes the norm of its weights, in fp32.
+    """
+    if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
+        return []
     used = [(type(module) is nn.Linear, p) for module in model.modules() for p in module.parameters(recurse=False)]
     others = {id(parameter) for linear, parameter in used if not linear}
     return list({id(p): p for linear, p in used if linear and id(p) not in others}.values())

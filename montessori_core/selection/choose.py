@@ -160,12 +160,11 @@ def _take(
     chosen: dict[int, None] = {}  # in their order
     exhausted: list[Turn] = []
     size = 0
-    while len(exhausted) < len(queues):
-        for turn, queue in queues.items():
-            if turn in exhausted:
-                continue
+    while queues:
+        for turn, queue in list(queues.items()):
             row = next((row for row in queue if row.position not in chosen and accept(row)), None)
             if row is None:
+                del queues[turn]
                 exhausted.append(turn)
                 continue
             if size + row.size > limit:

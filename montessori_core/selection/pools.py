@@ -249,9 +249,14 @@ def open_pool(path: Path, examples: DataSource | None = None, form: str | None =
     """
     path = Path(os.path.expanduser(path))
     pool = _open_pool(path, examples, form, name)
+    check_form(pool, form)
+    return pool
+
+
+def check_form(pool: Pool, form: str | None) -> None:
+    """Raise a DataError if the texts of a pool cannot be written in this form; see `open_pool`."""
     if form is not None and not isinstance(pool, InfluencePool):
         raise DataError(f"{pool.name}: only the texts of an influence table can be written as {form}; leave out --to")
-    return pool
 
 
 def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: str | None) -> Pool:

@@ -58,7 +58,7 @@ class TargetsPool(Pool):
         return ["id", *(name for name in names if name not in self._tables and name != "id")]
 
     def _joined(self, row: Row, influences: Sequence[Row], columns: Sequence[str] | None) -> Row:
-        joined = row | {column: own[_STORED] for column, own in zip(self._tables, influences, strict=True)}
+        joined = row | {column: scored[_STORED] for column, scored in zip(self._tables, influences, strict=True)}
         return {name: joined[name] for name in columns or self.schema.names}
 
 
@@ -96,9 +96,9 @@ def _check_same_examples(first: ParquetPool, other: ParquetPool) -> None:
         DataError: they are not.
     """
     ends = (chain(table.rows([_ID]), [{_ID: "(none)"}]) for table in (first, other))
-    for number, (mine, its) in enumerate(zip(*ends, strict=False), 1):
-        if mine[_ID] != its[_ID]:
+    for number, (row, other_row) in enumerate(zip(*ends, strict=False), 1):
+        if row[_ID] != other_row[_ID]:
             raise DataError(
-                f"{other.name}, row {number}: example {its[_ID]!r}, but {first.name} has {mine[_ID]!r} there; measure the "
-                "same --examples for each target"
+                f"{other.name}, row {number}: example {other_row[_ID]!r}, but {first.name} has {row[_ID]!r} there; measure "
+                "the same --examples for each target"
             )

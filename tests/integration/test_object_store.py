@@ -83,6 +83,7 @@ def test_pool_on_s3_is_selected_from(store: s3fs.S3FileSystem, tmp_path: Path) -
     for pool, message in (
         (["s3://bucket/pool.parquet", "--by", "art"], "s3://bucket/pool.parquet: no column 'art'"),
         (["s3://bucket/none.jsonl"], "s3://bucket/none.jsonl: cannot be read"),
+        (["s3://bucket/pools", "--to", "messages"], "s3://bucket/pools: only the texts of an influence table"),
         (["s3://bucket/influence.parquet"], "s3://bucket/influence.parquet: an influence table has no texts"),
         (["s3://bucket/pool.parquet", "s3://bucket/other.parquet"], "only a single pool is read from a URL"),
     ):

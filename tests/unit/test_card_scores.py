@@ -105,13 +105,17 @@ def test_unreadable_card_is_a_line_in_log(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_diverged_model_has_a_loss_of_nan() -> None:
+    """It replaces the loss of an earlier evaluation in the header, too; one on a data set of the same name stays."""
     evaluated = dataclasses.replace(EVALUATED, loss={"mean": float("nan"), "standard_error": None})
-    card = card_with_scores(CARD, "student", evaluated)
+    other = dataclasses.replace(EVALUATED, name="other", scores=[])
+    with_others = card_with_scores(card_with_scores(CARD, "student", EVALUATED) or "", "student", other)
+    card = card_with_scores(with_others or "", "student", evaluated)
     assert card is not None
     assert "| held-out loss, nats per token | nan |  | 96 |" in card
     assert [
-        result["dataset"]["name"] for result in yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
-    ] == ["arc_challenge"]
+        (result["dataset"]["name"], result["dataset"]["config"])
+        for result in yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    ] == [("good.jsonl", "other"), ("arc_challenge", "trial")]
 
 
 def test_linked_card_of_a_cache_stays(tmp_path: Path) -> None:
