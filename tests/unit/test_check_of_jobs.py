@@ -38,10 +38,10 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_refusal_is_permanent_by_lines_of_sbatch(answer: str, permanent: bool, sbatch: Path) -> None:
     sbatch.write_text(answer)
     if permanent:
-        with pytest.raises(UserError, match="Slurm refuses the jobs of .*Change cluster.slurm"):
-            check_jobs(CLUSTER)
+        with pytest.raises(UserError, match=r"Slurm refuses the jobs of [^\n]*\nChange cluster\.slurm"):
+            check_jobs(CLUSTER, unused=["judging"])
     else:
-        [warning] = check_jobs(CLUSTER)
+        [warning] = check_jobs(CLUSTER, unused=["judging"])
         assert BUSY in warning
 
 
@@ -55,12 +55,12 @@ def test_refusal_is_permanent_by_lines_of_sbatch(answer: str, permanent: bool, s
 def test_jobs_are_not_checked_without_an_answer(answer: str, sbatch: Path) -> None:
     """Not of an emulation of sbatch, nor of a controller that is down."""
     sbatch.write_text(answer)
-    assert check_jobs(CLUSTER) == []
+    assert check_jobs(CLUSTER, unused=["judging"]) == []
 
 
 def test_accepted_jobs_are_checked_once(sbatch: Path) -> None:
     """The runs of a study have the same jobs."""
     sbatch.write_text("sbatch: Job 1 to start now")
     for _ in range(2):
-        assert check_jobs(CLUSTER) == []
+        assert check_jobs(CLUSTER, unused=["judging"]) == []
     assert len((sbatch.parent / "calls").read_text().splitlines()) == 1
