@@ -1,7 +1,7 @@
 """Programs of the influence and evaluation stages: influence and held-out loss."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,17 @@ def consecutive(examples: Sequence[Encoded], most_tokens: int) -> list[list[int]
             batches.append([position])
             tokens = length
     return batches
+
+
+def encoded_batches(
+    tokenizer: Any, rows: Sequence[ExampleRow], max_length: int, recorder: Recorder
+) -> Iterator[tuple[list[int], list[Encoded]]]:
+    """Yield the positions and the examples of each batch, see `consecutive`; report progress when it is finished."""
+    recorder.progress(done := 0)
+    examples = [encode_measured(tokenizer, row, max_length) for row in rows]
+    for positions in consecutive(examples, max_length):
+        yield positions, [examples[position] for position in positions]
+        recorder.progress(done := done + len(positions))
 
 
 def _record(

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from montessori_core.influence.losses import make_batch
-from montessori_core.influence.projections import AlongDirections
+from montessori_core.influence.projections import AlongDirections, Together
 from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of
 from montessori_core.influence.reference_state import ReferenceGradient, ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
@@ -116,6 +116,28 @@ class FirstOrder:
         return replace(measured, gradient_norm=step.norm, dominated_share=step.dominated_share)
 
 
+def measure_together(
+    student: ResidentStudent, targets: Sequence[FirstOrder], examples: Sequence[Encoded]
+) -> list[list[Measurement]]:
+    """Measure examples to first order; return the measurements of each, one per reference set.
+
+    A measurement has the same bits with other examples and with other reference sets.
+    """
+    measured = [example for example in examples if example.response_tokens]
+    batches = [make_batch([(0, example)], student.device) for example in measured]
+    along = Together([AlongDirections([target.gradient.full, target.gradient.half]) for target in targets])
+    steps = iter(student.project_steps(batches, along))
+    results = []
+    for example in examples:
+        if not example.response_tokens:
+            results.append([Measurement("no_response_tokens")] * len(targets))
+            continue
+        step, projected = next(steps)
+        pairs = zip(targets, projected.view(-1, 2).tolist(), strict=True)
+        results.append([target.measurement(step, pair) for target, pair in pairs])
+    return results
+
+
 class InfluenceMeter:
     """Measure influence on one student and one reference set.
 
@@ -184,12 +206,7 @@ class InfluenceMeter:
         """
         if self._first_order is None:
             raise ValueError("measure_batch needs a meter with estimator='first_order'")
-        gradient = self._first_order.gradient
-        measured = [example for example in examples if example.response_tokens]
-        batches = [make_batch([(0, example)], self._student.device) for example in measured]
-        steps = self._student.project_steps(batches, AlongDirections([gradient.full, gradient.half]))
-        results = iter([self._first_order.measurement(step, projected.tolist()) for step, projected in steps])
-        return [next(results) if example.response_tokens else Measurement("no_response_tokens") for example in examples]
+        return [of_targets[0] for of_targets in measure_together(self._student, [self._first_order], examples)]
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         step = self._student.take_step(make_batch([(0, example)], self._student.device))

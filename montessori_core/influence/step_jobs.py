@@ -10,12 +10,12 @@ from montessori_core import programs
 from montessori_core.data.rows import ExampleRow, TaskRow
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import REFERENCE_PROJECTION, STEPS, table_from_rows, write_table
-from montessori_core.influence.jobs import consecutive, describe_example, load_student, resident_student
+from montessori_core.influence.jobs import describe_example, encoded_batches, load_student, resident_student
 from montessori_core.influence.losses import make_batch
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.influence.reference_state import ReferenceState
 from montessori_core.influence.stored_steps import FP16
-from montessori_core.models.examples import encode_measured, encode_tasks
+from montessori_core.models.examples import encode_tasks
 from montessori_core.program import Compute, Recorder, Report, Row, RowProgram
 
 _NO_STEP: Row = {"status": "no_response_tokens", "scale": 0.0, "numbers": b""}
@@ -33,25 +33,19 @@ def open_steps(settings: programs.StepProjection, inputs: Mapping[str, Path]) ->
     null_step = student.project_null_step(directions)
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
-        recorder.progress(done := 0)
-        examples = [encode_measured(tokenizer, row, settings.max_length) for row in rows]
-        for positions in consecutive(examples, settings.max_length):
-            measured = [position for position in positions if examples[position].response_tokens]
-            batches = [make_batch([(0, examples[position])], student.device) for position in measured]
-            steps = dict(zip(measured, student.project_steps(batches, directions), strict=True))
-            for position in positions:
-                row = describe_example(rows[position], examples[position])
+        for positions, examples in encoded_batches(tokenizer, rows, settings.max_length, recorder):
+            measured = [example for example in examples if example.response_tokens]
+            steps = iter(student.project_steps([make_batch([(0, e)], student.device) for e in measured], directions))
+            for position, example in zip(positions, examples, strict=True):
                 kept = _NO_STEP
-                if position in steps:
-                    gradient, numbers = steps[position]
+                if example.response_tokens:
+                    gradient, numbers = next(steps)
                     kept = _kept(numbers - null_step) | {
                         "example_loss": gradient.loss if math.isfinite(gradient.loss) else None,
                         "gradient_norm": gradient.norm if math.isfinite(gradient.norm) else None,
                         "dominated_share": gradient.dominated_share,
                     }
-                recorder.finish(position, [row | kept])
-            done += len(positions)
-            recorder.progress(done)
+                recorder.finish(position, [describe_example(rows[position], example) | kept])
 
     return RowProgram(STEPS, compute)
 

@@ -9,16 +9,13 @@ from pathlib import Path
 
 from montessori_core import programs
 from montessori_core.data.rows import ExampleRow
-from montessori_core.influence.jobs import consecutive, describe_example, load_student, notes_of, resident_student
-from montessori_core.influence.losses import make_batch
-from montessori_core.influence.meter import FirstOrder, Measurement
-from montessori_core.influence.projections import AlongDirections, Together
+from montessori_core.influence.jobs import describe_example, encoded_batches, load_student, notes_of, resident_student
+from montessori_core.influence.meter import FirstOrder, Measurement, measure_together
 from montessori_core.influence.reference import ReferenceSet, open_reference
 from montessori_core.influence.reference_state import ReferenceState, shared_state
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.table import schema_by_target
 from montessori_core.models.chat import Encoded
-from montessori_core.models.examples import encode_measured
 from montessori_core.program import Recorder, RowProgram
 
 
@@ -60,24 +57,10 @@ class TargetsMeter:
             FirstOrder.of(student, state, reduction, len(reference))
             for state, reference in zip(states, references, strict=True)
         ]
-        self._directions = Together(
-            [AlongDirections([target.gradient.full, target.gradient.half]) for target in self.targets]
-        )
 
     def measure_batch(self, examples: Sequence[Encoded]) -> list[list[Measurement]]:
         """Measure examples; return the measurements of each, one per reference set: the bits of `InfluenceMeter`."""
-        measured = [example for example in examples if example.response_tokens]
-        batches = [make_batch([(0, example)], self._student.device) for example in measured]
-        steps = iter(self._student.project_steps(batches, self._directions))
-        results = []
-        for example in examples:
-            if not example.response_tokens:
-                results.append([Measurement("no_response_tokens")] * len(self.targets))
-                continue
-            step, projected = next(steps)
-            pairs = zip(self.targets, projected.view(-1, 2).tolist(), strict=True)
-            results.append([target.measurement(step, pair) for target, pair in pairs])
-        return results
+        return measure_together(self._student, self.targets, examples)
 
 
 def open_targets(settings: programs.InfluenceMeasurement, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
@@ -95,18 +78,11 @@ def open_targets(settings: programs.InfluenceMeasurement, inputs: Mapping[str, P
     notes = [notes_of(target, reference, settings) for target, reference in zip(meter.targets, references, strict=True)]
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
-        recorder.progress(done := 0)
-        examples = [encode_measured(tokenizer, row, settings.max_length) for row in rows]
-        for positions in consecutive(examples, settings.max_length):
-            batch = [examples[position] for position in positions]
-            for position, of_targets in zip(positions, meter.measure_batch(batch), strict=True):
-                about = describe_example(rows[position], examples[position])
-                about |= {"estimator": settings.estimator, "audited": False}
-                recorder.finish(
-                    position,
-                    [{"target": number} | about | vars(measured) for number, measured in enumerate(of_targets)],
-                )
-            done += len(positions)
-            recorder.progress(done)
+        for positions, examples in encoded_batches(tokenizer, rows, settings.max_length, recorder):
+            measured = meter.measure_batch(examples)
+            for position, example, of_targets in zip(positions, examples, measured, strict=True):
+                about = describe_example(rows[position], example) | {"estimator": settings.estimator, "audited": False}
+                records = [{"target": number} | about | vars(found) for number, found in enumerate(of_targets)]
+                recorder.finish(position, records)
 
     return RowProgram(schema_by_target(notes), compute)
