@@ -53,7 +53,7 @@ def has_no_key(folder: Path) -> bool:
     return not any(key.encode() in text for key in KEYS.values() for text in texts)
 
 
-def test_killed_training_logs_each_step_once(tiny_llama: Path, offline: Path) -> None:
+def test_killed_training_logs_no_step_twice(tiny_llama: Path, offline: Path) -> None:
     rows: list[dict[str, object]] = [
         {"instruction": f"Describe object {n}.", "response": f"Object {n} is round.", "response_finished": True}
         for n in range(160)
@@ -75,11 +75,12 @@ def test_killed_training_logs_each_step_once(tiny_llama: Path, offline: Path) ->
     expected = [entry["loss"] for entry in steps]
     for tracker in READABLE:
         losses = values_of(points(tracker, training), "loss")
-        if tracker == "trackio":  # it sends twice a second: a killed job has not sent its last steps
-            assert len(losses) > 20
-            assert losses == [loss for loss in expected if loss in losses]
-        else:
-            assert losses == pytest.approx(expected), tracker
+        # A step is noted before it is logged: that of the kill may be missing, none is logged twice. Trackio sends twice a
+        # second, so that a killed job has not sent its last steps.
+        assert len(losses) >= (21 if tracker == "trackio" else 39), tracker
+        nearest = [min(range(40), key=lambda step, loss=loss: abs(expected[step] - loss)) for loss in losses]  # type: ignore[misc]
+        assert nearest == sorted(set(nearest)), tracker
+        assert losses == pytest.approx([expected[step] for step in nearest]), tracker
     if "wandb" in INSTALLED:
         assert list((run / "tracking" / "wandb").glob(f"offline-run-*-{training.id}/*.wandb"))
     assert has_no_key(run)
