@@ -51,8 +51,7 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
 
     def start() -> Run:
         run = start_run(experiment)
-        values = {"experiment": run.experiment.model_dump(mode="json", exclude_unset=True)}
-        form = _find_form(tailored.preset, values | {"approve": approve, "submit_driver": submit_driver})
+        form = _find_form(tailored.preset, form_values(run.experiment, approve, submit_driver))
         plan = describe_plan(run, tailored.preset, pilot, form)
         create_markdown_artifact(plan, description=f"Plan of {tailored.name}")
         return run
@@ -70,6 +69,12 @@ def form_address(deployment: UUID, values: Mapping[str, Any] | None = None) -> s
     if values is None:
         return address
     return f"{address}?parameters={quote(json.dumps(values), safe='')}"
+
+
+def form_values(experiment: Experiment, approve: bool, submit_driver: bool) -> dict[str, Any]:
+    """Return the parameters of the full form that has the same values; see `flows.experiment.montessori`."""
+    values = experiment.model_dump(mode="json", exclude_unset=True)
+    return {"experiment": values, "approve": approve, "submit_driver": submit_driver}
 
 
 def _find_form(preset: str, values: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from prefect.utilities.callables import parameter_schema
 from flows.evaluation import evaluate
 from flows.experiment import montessori
 from flows.study import compare
-from flows.tailor import describe_plan, form_address, tailor
+from flows.tailor import describe_plan, form_address, form_values, tailor
 from montessori_core.config import Experiment, Tailored, parse, read_experiment
 from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run, open_run, reopen_run
@@ -82,10 +82,12 @@ def test_bad_values_are_refused(content: dict[str, Any], message: str) -> None:
 def test_full_form_has_values_of_experiment(size: Any) -> None:
     experiment = Tailored(name="mine", size=size, teacher="a/teacher & (more) 'é'").experiment()
     deployment = uuid4()
-    path, _, query = form_address(deployment, experiment).partition("?")
+    path, _, query = form_address(deployment, form_values(experiment, True, False)).partition("?")
     assert path == form_address(deployment)
     assert re.fullmatch(r"[\w.=%-]+", query, re.ASCII)  # so that Markdown does not end the link
-    assert Experiment(**json.loads(parse_qs(query)["parameters"][0])["experiment"]) == experiment
+    values = json.loads(parse_qs(query)["parameters"][0])
+    assert Experiment(**values["experiment"]) == experiment
+    assert (values["approve"], values["submit_driver"]) == (True, False)
 
 
 def test_missing_cluster_file_is_refused() -> None:
