@@ -28,6 +28,10 @@ Scored = Annotated[
         "same examples, each measured on the reference set of a target; targets take turns."
     ),
 ]
+RowCount = Annotated[
+    int | None, typer.Option("--k", min=1, help="Number of rows. Give one of --k, --share and --tokens.")
+]
+TokenBudget = Annotated[int | None, typer.Option(min=1, help="Maximum sum of --token-column over the chosen rows.")]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]
 ScoreColumns = Annotated[
     list[str] | None,
@@ -93,13 +97,9 @@ TextFormat = Annotated[
 def select(
     scored: Scored,
     output: Annotated[Path, typer.Option(help="New file, .jsonl or .parquet. Nothing is overwritten.")],
-    k: Annotated[
-        int | None, typer.Option("--k", min=1, help="Number of rows. Give one of --k, --share and --tokens.")
-    ] = None,
+    k: RowCount = None,
     share: Share = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum sum of --token-column over the chosen rows.")
-    ] = None,
+    tokens: TokenBudget = None,
     by: ScoreColumns = None,
     per: TurnColumn = None,
     max_rouge_l: MaxRougeL = None,
@@ -147,12 +147,17 @@ def select(
         if not chosen:
             raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
         if rows is not None and len(chosen) < rows:
-            left_out = "" if max_rouge_l is max_similarity is None else ", and the others are similar to these"
-            warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
+            warn([_fewer(len(chosen), rows, available, max_rouge_l is not None or max_similarity is not None)])
         write_chosen(pool, chosen, output)
         console.print(
             f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
         )
+
+
+def _fewer(chosen: int, wanted: int, available: int, unlike: bool) -> str:
+    """Return the warning that fewer rows were chosen than wanted; `unlike`: there is a rule against similar ones."""
+    left_out = ", and the others are similar to these" if unlike else ""
+    return f"{chosen:,} rows instead of {wanted:,}: {available:,} have a score{left_out}"
 
 
 def check_embeddings(model: str | None, max_similarity: float | None, clusters: int | None) -> None:
