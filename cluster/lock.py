@@ -199,13 +199,14 @@ def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
         written = _write(lock, holder)
         if not locks:
             _refuse_simultaneous_driver(path, written)
+            _write(lock, holder)  # alone: two that write at the same time append to each other
         yield lock, before
 
 
 def _refuse_simultaneous_driver(path: Path, written: str) -> None:
     """Raise a UserError if another process has started at the same time, without a lock: the last one to write continues."""
     time.sleep(_SIMULTANEOUS)
-    if path.read_text() != written:
+    if not path.read_text().endswith(written):
         raise UserError(_refusal(path.parent, read_record(path, Driver) or Driver()))
 
 

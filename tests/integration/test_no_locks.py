@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster import lock
 from cluster.lock import Driver, driver_of
 from montessori_core import layout
+from montessori_core.errors import UserError
 from support import ROOT
 from support.runs import configuration, montessori
 
@@ -71,6 +73,16 @@ def test_run_has_one_driver_without_locks(tmp_path: Path, environment: dict[str,
             driver.kill()
             driver.communicate()
     assert driver_of(run) is None  # with locks, a file of before does not count
+
+
+def test_last_of_two_simultaneous_writers_drives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has emptied the file before the other wrote: both names are there."""
+    monkeypatch.setattr(lock, "_SIMULTANEOUS", 0.0)
+    path, first, second = tmp_path / layout.DRIVER_LOCK, '{"process":1,"host":"a"}', '{"process":2,"host":"b"}'
+    path.write_text(first + second)
+    lock._refuse_simultaneous_driver(path, second)
+    with pytest.raises(UserError, match="already has a driver"):
+        lock._refuse_simultaneous_driver(path, first)
 
 
 def test_remote_driver_counts_until_its_file_is_removed(tmp_path: Path, environment: dict[str, str]) -> None:
