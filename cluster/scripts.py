@@ -2,8 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.backends.base import SchedulerUnavailable
@@ -36,8 +36,7 @@ def scripts_of(cluster: Cluster) -> dict[str, list[str]]:
 
 def options_in(text: str) -> str:
     """Return the options of a batch script in one line."""
-    with _script(text) as script:
-        return " ".join(option for option in options_of(script) if not option.startswith(_SAME_IN_EACH_SCRIPT))
+    return " ".join(option for option in options_of(text) if not option.startswith(_SAME_IN_EACH_SCRIPT))
 
 
 def check_script(text: str) -> str | None:
@@ -46,16 +45,10 @@ def check_script(text: str) -> str | None:
     Raises:
         SchedulerUnavailable: sbatch does not answer.
     """
-    with _script(text) as script:
-        return refusal_of(script)
-
-
-@contextmanager
-def _script(text: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.sh"
         script.write_text(text, encoding="utf-8")
-        yield script
+        return refusal_of(script)
 
 
 def check_jobs(cluster: Cluster, unused: Collection[str] = ()) -> list[str]:

@@ -67,7 +67,7 @@ def sbatch_command(script: Path, environment: Mapping[str, str]) -> list[str]:
 
     Variables that a user sets outside of a job, such as SBATCH_ACCOUNT, remain the defaults of options that are not set.
     """
-    options = [word for line in options_of(script) for word in shlex.split(line)]
+    options = [word for line in options_of(script.read_text()) for word in shlex.split(line)]
     removed = _NEVER & environment.keys()
     if "SLURM_JOB_ID" in environment:
         _report_surrounding_job(environment["SLURM_JOB_ID"])
@@ -75,11 +75,10 @@ def sbatch_command(script: Path, environment: Mapping[str, str]) -> list[str]:
     return ["env", *(f"--unset={name}" for name in sorted(removed)), "sbatch", *options, str(script)]
 
 
-def options_of(script: Path) -> list[str]:
-    """Return the options of a batch script, as they are written: those that follow `#SBATCH`."""
+def options_of(text: str) -> list[str]:
+    """Return the options in a batch script's text, as they are written: those that follow `#SBATCH`."""
     prefix = "#SBATCH "
-    lines = script.read_text().splitlines()
-    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+    return [line.removeprefix(prefix) for line in text.splitlines() if line.startswith(prefix)]
 
 
 def call_sbatch(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
