@@ -10,7 +10,7 @@ from montessori_core.data.files import DataFile
 from montessori_core.data.shards import find_remote, is_url
 from montessori_core.errors import DataError
 from montessori_core.selection.pools import FilesPool, Pool, check_form, open_pool
-from montessori_core.selection.targets import open_pools
+from montessori_core.selection.targets import INFLUENCE_COLUMN, open_pools
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def open_any_pools(
             f"{url}: only a single pool is read from a URL; copy the tables to this machine, and give these"
         )
     with TemporaryDirectory(prefix="montessori-pool-") as folder:
-        yield _copied_pool(url, Path(folder), examples, form), ["influence"]
+        yield _copied_pool(url, Path(folder), examples, form), [INFLUENCE_COLUMN]
 
 
 def _copied_pool(url: str, folder: Path, examples: DataSource | None, form: str | None) -> Pool:

@@ -12,7 +12,9 @@ from montessori_core.errors import DataError
 from montessori_core.program import Row
 from montessori_core.selection.pools import ParquetPool, Pool, check_columns, open_pool
 
-_INFLUENCE, _STORED, _ID = "influence", "influence_student", "example_id"
+INFLUENCE_COLUMN = "influence"
+"""The column of a pool with one score, unless another is named."""
+_STORED, _ID = "influence_student", "example_id"
 _OF_A_REFERENCE = ("influence_null_step", "standard_error", "status", "estimator")
 
 
@@ -27,7 +29,7 @@ class TargetsPool(Pool):
     def __init__(self, pool: Pool, tables: Mapping[str, Path]) -> None:
         self._pool, self.name = pool, " and ".join(map(str, tables.values()))
         self._tables = {column: ParquetPool(path) for column, path in tables.items()}
-        left_out = {_INFLUENCE, *_OF_A_REFERENCE, *tables}
+        left_out = {INFLUENCE_COLUMN, *_OF_A_REFERENCE, *tables}
         fields = [field for field in pool.schema or () if field.name not in left_out]
         self.schema = pa.schema([*fields, *(pa.field(column, pa.float64()) for column in tables)])
         first, *others = self._tables.values()
@@ -75,8 +77,8 @@ def open_pools(
         DataError: as `open_pool`, or several are not influence tables with different names and the same examples.
     """
     if len(paths) == 1:
-        return open_pool(paths[0], examples, form), [_INFLUENCE]
-    tables = {f"{_INFLUENCE}_{path.stem}": path.expanduser() for path in paths}
+        return open_pool(paths[0], examples, form), [INFLUENCE_COLUMN]
+    tables = {f"{INFLUENCE_COLUMN}_{path.stem}": path.expanduser() for path in paths}
     if len(tables) < len(paths):
         raise DataError("several tables have the same file name, which names their column of scores; rename them")
     for path in tables.values():
