@@ -286,12 +286,8 @@ class ResidentStudent:
         if self.device.type == "cpu" or not stays:  # pinned memory is not freed
             return tensor.cpu()
         if not self._unused.get(kind):
-            dtypes = {
-                n: p.dtype if kind == "snapshot" else self._state_dtype or p.dtype for n, p in self.parameters.items()
-            }
-            if kind == "half gradient":
-                dtypes = dict.fromkeys(dtypes, torch.bfloat16)
-            self._unused[kind] = pinned_tensors({n: (p.shape, dtypes[n]) for n, p in self.parameters.items()})
+            dtype = {"snapshot": None, "half gradient": torch.bfloat16}.get(kind, self._state_dtype)
+            self._unused[kind] = pinned_tensors({n: (p.shape, dtype or p.dtype) for n, p in self.parameters.items()})
         return self._unused[kind].pop(name).copy_(tensor)
 
     def end_steps(self) -> None:
