@@ -37,7 +37,7 @@ from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, Resid
 from montessori_core.influence.adamw import GradientTally
 from montessori_core.influence.losses import Batch, example_loss, make_batch
 from montessori_core.influence.memory import plan_memory
-from montessori_core.influence.projections import AlongDirections, Direction, Together
+from montessori_core.influence.projections import AlongDirections, Direction
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.device import compute_device
 from montessori_core.models.embedded import fetch_embedded
@@ -279,7 +279,7 @@ def compare_batches(folder: Path, references: list[Encoded], device: torch.devic
 
         def project(name: str, size: int, targets: int, batches: list[Batch] = batches) -> None:
             groups = [batches[start : start + size] for start in range(0, 8, size)]
-            along = Together([AlongDirections(directions)] * targets)
+            along = AlongDirections(directions * targets)
             steps = [step for group in groups for step in student.project_steps(group, along)]
             results[name] = [float(projections[0]) for _, projections in steps]  # noqa: B023 - called in this iteration
 

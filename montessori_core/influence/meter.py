@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from montessori_core.influence.losses import make_batch
-from montessori_core.influence.projections import AlongDirections, Together
+from montessori_core.influence.projections import AlongDirections
 from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of
 from montessori_core.influence.reference_state import ReferenceGradient, ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
@@ -125,7 +125,7 @@ def measure_together(
     """
     measured = [example for example in examples if example.response_tokens]
     batches = [make_batch([(0, example)], student.device) for example in measured]
-    along = Together([AlongDirections([target.gradient.full, target.gradient.half]) for target in targets])
+    along = AlongDirections([part for target in targets for part in (target.gradient.full, target.gradient.half)])
     steps = iter(student.project_steps(batches, along))
     results = []
     for example in examples:
