@@ -61,7 +61,8 @@ class ExampleDerivatives(TorchFunctionMode):
             tables: names of parameters with a row for each token.
         """
         super().__init__()
-        self.tokens = [ids.unique() for ids in batch.input_ids]
+        # Padding is no token of an example; its gradients, which are zeros, may be added anywhere.
+        self.tokens = [ids[:length].unique() for ids, length in zip(batch.input_ids, batch.lengths, strict=True)]
         self.rows = {
             name: [torch.zeros(len(ids), parameters[name].shape[1], device=ids.device) for ids in self.tokens]
             for name in tables

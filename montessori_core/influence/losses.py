@@ -31,7 +31,7 @@ class Batch:
         positions: [labelled] positions in the flattened batch that predict a response token.
         targets: [labelled] the predicted token ids.
         rows: [labelled] the row of each position.
-        tokens: number of tokens of all examples, without padding.
+        lengths: number of tokens of each example; the rest of its row is padding.
     """
 
     indices: list[int]
@@ -39,7 +39,12 @@ class Batch:
     positions: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
-    tokens: int
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all examples, without padding."""
+        return sum(self.lengths)
 
 
 def make_batch(members: Sequence[tuple[int, Encoded]], device: torch.device) -> Batch:
@@ -58,7 +63,7 @@ def make_batch(members: Sequence[tuple[int, Encoded]], device: torch.device) -> 
         positions.to(device),
         following.flatten()[positions].to(device),
         (positions // width).to(device),
-        sum(len(example.input_ids) for _, example in members),
+        [len(example.input_ids) for _, example in members],
     )
 
 

@@ -675,6 +675,17 @@ def test_linear_influence_depends_on_batch_by_rounding_only(warm: Any, tiny_llam
         assert batched.standard_error == pytest.approx(single.standard_error, rel=1e-2, abs=1e-7)
 
 
+def test_linear_influence_does_not_depend_on_padding(warm: Any, tiny_llama: Path) -> None:
+    """Padding has the id of a token, here of one that is frequent in the reference set."""
+    reference = [Encoded([0, *e.input_ids[1:-1], 0], [*e.labels[:-1], 0], False) for e in REFERENCE]
+    model = copy_of(warm, tiny_llama)
+    opened = ResidentStudent(model, warm[1], replace(STEP, example_weight=1 / 32), CPU)
+    meter = LinearMeter(model, lambda: opened, ReferenceSet(reference, 128, CPU))
+    alone = torch.tensor([meter.measure_batch([example])[0].influence_null_step for example in PROBING])
+    together = torch.tensor([measured.influence_null_step for measured in meter.measure_batch(PROBING)])
+    assert (together - alone).abs().max() < 1e-4 * alone.std()
+
+
 def test_linear_batches_hold_examples_of_similar_length(warm: Any, tiny_llama: Path) -> None:
     batches = linear_meter(warm, tiny_llama, batch_tokens=64).batches(PROBING)
     assert sorted(index for batch in batches for index in batch) == list(range(len(PROBING)))
