@@ -227,11 +227,11 @@ API_GENERATION = Program(
 SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="")
 DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")
 INFLUENCE = Program(
-    "influence", 3, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
+    "influence", 4, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
 )
 INFLUENCE_BY_TARGET = Program(
     "influence-by-target",
-    1,
+    2,
     f"{_CORE}.influence.target_jobs:open_targets",
     InfluenceMeasurement,
     rows.ExampleRow,

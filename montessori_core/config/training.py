@@ -34,7 +34,7 @@ class Optimization(Section):
     epochs: Count = Field(1, description="Passes over the data.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW: decay of the first moment.")
-    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="AdamW: decay of the second moment.")
+    beta2: float = Field(0.999, gt=0.0, lt=1.0, description="AdamW: decay of the second moment.")
     epsilon: float = Field(1e-8, gt=0.0, description="AdamW: term added to the denominator.")
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW: decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients are clipped to this norm; 0 is off.")

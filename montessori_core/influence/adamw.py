@@ -17,7 +17,7 @@ import torch
 log = logging.getLogger(__name__)
 
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
-BLOCK = {"cpu": 1 << 17, "cuda": 1 << 25}
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Elements of a block whose step is projected, by type of device."""
 
 
@@ -184,7 +184,7 @@ def step_with_counts(
     """Return a step without its length, see `ScaledMoments`, and what `AdamW.project` counts of its gradient."""
     own_square = gradient * gradient
     step = (past + gradient) / ((own_square + past_square).sqrt() + epsilon)
-    return step, own_square.sum(), (own_square > past_square).to(gradient.dtype).sum()
+    return step, own_square.sum(), (own_square > past_square).sum().to(gradient.dtype)
 
 
 @cache

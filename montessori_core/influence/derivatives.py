@@ -163,8 +163,9 @@ class ExampleDerivatives(TorchFunctionMode):
         self._add_vectors(name, by_example)
 
     def _add_vectors(self, name: str, by_example: torch.Tensor) -> None:
-        directions = torch.stack([direction.flatten() for direction in self._directions[name]])
-        self.totals += (by_example.float() @ directions.float().t()).double()
+        by_example = by_example.float()
+        along = [by_example @ direction.flatten().float() for direction in self._directions[name]]
+        self.totals += torch.stack(along, 1).double()
 
     def _add_lookups(
         self, name: str, rows: torch.Tensor, ids: torch.Tensor, padding: int | None, gradient: torch.Tensor

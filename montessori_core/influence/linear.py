@@ -10,6 +10,7 @@ same for all examples: one pass over a batch measures all of them, without momen
 rows of an example's own tokens the step is AdamW's, see `token_rows`.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.models.chat import Encoded
 from montessori_core.models.linear_layers import cast_linear_layers_
+
+log = logging.getLogger(__name__)
 
 
 class LinearMeter:
@@ -102,7 +105,10 @@ class LinearMeter:
         if self._separable and measured:
             try:
                 results = self._measure(measured)
-            except InseparableError:
+            except InseparableError as error:
+                log.warning(
+                    "examples are measured one by one, which takes longer: %s is used for all of a batch", error
+                )
                 self._separable = False
         if not results:
             results = [result for example in measured for result in self._measure([example])]

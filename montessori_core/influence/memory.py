@@ -18,9 +18,10 @@ from montessori_core.influence.student import ON_DEVICE, Home, Placement
 from montessori_core.models.shape import GB, Shape
 
 Planned = Estimator | Literal["steps"]
-Phase = Literal["opening", "measuring"]
-"""The first worker measures the reference set; then all measure examples."""
+Phase = Literal["loading", "opening", "measuring"]
+"""Weights are loaded to host memory; the first worker measures the reference set; then all measure examples."""
 PHASES: tuple[Phase, ...] = ("opening", "measuring")
+_LOADING: tuple[Phase, ...] = ("loading",)
 _OPENING: tuple[Phase, ...] = ("opening",)
 _MEASURING: tuple[Phase, ...] = ("measuring",)
 
@@ -109,7 +110,7 @@ class MemoryPlan:
         ]
         for home, needed, limit, remedy in limits:
             if needed > limit:
-                phase = max(PHASES, key=lambda phase: _sum(self.needs, home, phase))
+                phase = max(_LOADING + PHASES, key=lambda phase: _sum(self.needs, home, phase))
                 needs = [need for need in self.needs if need.home_while(phase) == home]
                 needs.sort(key=lambda need: -need.size)
                 largest = ", ".join(f"{need.name} {need.size / GB:.1f}" for need in needs[:4])
@@ -153,6 +154,7 @@ def plan_memory(
     dtype, state_dtype = dtypes
     width, state_width = (2 if dtype == "bfloat16" else 4), (2 if "bfloat16" in (dtype, state_dtype) else 4)
     needs = [
+        Need("weights, while they are loaded", shape.parameters * width, "host", _LOADING),
         *_weights(shape, estimator, dtype),
         *_passes(shape, estimator, dtype, max_length, reference_batch_tokens),
         Need("one gradient", shape.largest * width, "device"),
@@ -162,6 +164,7 @@ def plan_memory(
         rows = shape.token_rows
         needs.append(Need(_DIRECTIONS, direction_width * (2 * shape.trained + 4 * rows), "device", _MEASURING))
         needs.append(Need("rows of tokens, in fp32", 4 * 4 * rows, "host"))
+        needs.append(Need("second moments of tokens", 4 * rows, "host", _OPENING))
     for name, bytes_each, phases in _movable(estimator, width, state_width, targets):
         size = bytes_each * shape.trained * (targets if name in _OF_TARGETS else 1)
         fitting = [phase for phase in phases if _sum(needs, "device", phase) + size <= device_limit * USABLE]
@@ -257,4 +260,4 @@ def _sum(needs: Iterable[Need], home: Home, phase: Phase) -> int:
 
 
 def _peak(needs: Sequence[Need], home: Home) -> int:
-    return max(_sum(needs, home, phase) for phase in PHASES)
+    return max(_sum(needs, home, phase) for phase in _LOADING + PHASES)

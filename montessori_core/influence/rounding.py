@@ -7,6 +7,8 @@ import torch
 
 from montessori_core.influence.reference import Loss, influence_by_example
 
+_CHUNK = 1 << 24  # weights
+
 
 def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
     """Return two standard deviations of the rounding noise of an influence, nats.
@@ -25,15 +27,14 @@ def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
 
 @torch.no_grad()
 def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Move each weight to an adjacent floating-point number with probability 1/12: the variance of rounding."""
+    """Move each weight to an adjacent floating-point number with probability 1/12: the variance of rounding.
+
+    Only the random numbers, four bytes a weight, are in memory for a whole parameter.
+    """
     for number, parameter in enumerate(parameters.values()):
         generator = torch.Generator(parameter.device).manual_seed(number)
         uniform = torch.rand(parameter.shape, generator=generator, device=parameter.device)
-        infinity = torch.full_like(parameter, torch.inf)
-        parameter.copy_(
-            torch.where(
-                uniform < 1 / 24,
-                torch.nextafter(parameter, infinity),
-                torch.where(uniform > 23 / 24, torch.nextafter(parameter, -infinity), parameter),
-            )
-        )
+        for weights, drawn in zip(parameter.view(-1).split(_CHUNK), uniform.view(-1).split(_CHUNK), strict=True):
+            infinity = torch.full_like(weights, torch.inf)
+            up, down = torch.nextafter(weights, infinity), torch.nextafter(weights, -infinity)
+            weights.copy_(torch.where(drawn < 1 / 24, up, torch.where(drawn > 23 / 24, down, weights)))

@@ -38,6 +38,9 @@ ON_DEVICE: Placement = {
     "half gradient": "device",
 }
 
+_SMALL = 1 << 17
+"""Elements of a gradient without factors that is kept for a batch of examples; a larger one is used at once."""
+
 
 @dataclass(frozen=True)
 class ExampleGradient:
@@ -231,10 +234,13 @@ class ResidentStudent:
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             onto[name] += gradient.to(onto[name].device)
             if square_weight:
-                second = self._second[name]  # a new tensor: `moments_of_tokens` has this one, and perhaps the caller
+                second = self._second[name]
                 gradient = gradient.to(second.device)
+                ours = second.is_cuda or second.is_pinned()  # other memory may be the caller's
                 share = square_weight * self._adamw.own_share
-                self._second[name] = torch.addcmul(second, gradient, gradient, value=share)
+                self._second[name] = torch.addcmul(
+                    second, gradient, gradient, value=share, out=second if ours else None
+                )
 
         with pass_gradients_to(add, self.parameters):
             accumulate()
@@ -248,9 +254,13 @@ class ResidentStudent:
         }
 
     def moments_of_tokens(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return both moments of the embeddings and of the vocabulary projection, if these are trained."""
+        """Return both moments of the embeddings and of the vocabulary projection, if these are trained.
+
+        The second ones are copies, in host memory: `add_gradients` may add to those of the student.
+        """
         tables = {id(table) for table in self.losses.token_tables}
-        return {name: (self._first[name], self._second[name]) for name, p in self.parameters.items() if id(p) in tables}
+        names = [name for name, parameter in self.parameters.items() if id(parameter) in tables]
+        return {name: (self._first[name], self._second[name].to("cpu", copy=True)) for name in names}
 
     def token_rows(
         self, moments: Mapping[str, tuple[torch.Tensor, torch.Tensor]], full: Direction, half: Direction
@@ -320,7 +330,7 @@ class ResidentStudent:
         capture, used = GradientCapture(self.parameters), set()
 
         def use(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            if name in capture.gradients or gradient.numel() <= BLOCK[self.device.type]:
+            if name in capture.gradients or gradient.numel() <= _SMALL:
                 capture.gradients.setdefault(name, FactoredGradient()).dense.append(as_matrix(gradient))
             else:
                 used.add(name)

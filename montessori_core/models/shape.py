@@ -14,7 +14,9 @@ class Shape:
         parameters: number of all parameters.
         trained: number of trained parameters (all, or those of a LoRA adapter).
         largest: elements of the largest trained tensor.
-        layers, hidden, intermediate, vocabulary: dimensions of the architecture.
+        layers, hidden, vocabulary: dimensions of the architecture.
+        intermediate: inner dimension of all experts together that compute one token; of a dense model, that of its only one.
+        experts: number of routed experts that compute one token; 0 for a dense model.
         looked_up: elements of embeddings that are not the vocabulary projection, too.
         linear: elements of `parameters_of_linear_layers`.
         token_rows: trained elements of embeddings and vocabulary projection.
@@ -30,11 +32,12 @@ class Shape:
     looked_up: int
     linear: int
     token_rows: int
+    experts: int = 0
 
     @property
     def kept_per_layer(self) -> int:
         """Numbers that a layer keeps of a token in the forward pass, for the backward pass."""
-        return 8 * self.hidden + 4 * self.intermediate
+        return (8 + 2 * self.experts) * self.hidden + 4 * self.intermediate  # experts copy a token and its output
 
     @staticmethod
     def of(model: Any) -> "Shape":
@@ -54,9 +57,26 @@ class Shape:
             largest=max(trained),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            intermediate=_intermediate(config),
             vocabulary=config.vocab_size,
             looked_up=sum(table.numel() for table in tables[1:]),
             linear=sum(p.numel() for p in parameters_of_linear_layers(model)),
             token_rows=sum(table.numel() for table in tables if table.requires_grad),
+            experts=_experts(config),
         )
+
+
+def _experts(config: Any) -> int:
+    """Return how many routed experts compute a token."""
+    return getattr(config, "num_experts_per_tok", None) or 0
+
+
+def _intermediate(config: Any) -> int:
+    """Return the inner dimension of all that computes one token in a feed-forward layer."""
+    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if not _experts(config):
+        return int(dense)
+    expert = getattr(config, "moe_intermediate_size", None) or dense
+    always = getattr(config, "shared_expert_intermediate_size", None) or 0
+    always += expert * (getattr(config, "n_shared_experts", None) or 0)
+    return int(max(dense if expert != dense else 0, _experts(config) * expert + always))
