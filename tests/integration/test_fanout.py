@@ -151,6 +151,20 @@ def test_program_that_fails_to_open_fails_once(folder: Path) -> None:
     assert len((folder / "opened.txt").read_text().split()) == 1
 
 
+@pytest.mark.guarantee("program does not open on one node")
+def test_failed_opening_ends_no_stage_that_opened(folder: Path) -> None:
+    """A job of a node without some library, while others compute."""
+    broken = """if taken(folder / "broken"):
+        while not any((folder / "stage").glob("part-*.manifest.json")):
+            time.sleep(0.01)
+        raise ImportError("libcudnn.so.9")
+    if taken("""
+    (folder / "squares_program.py").write_text(PROGRAM.replace("if taken(", broken, 1))
+    (folder / "broken").touch()
+    assert results(run(folder)) == EXPECTED
+    assert sorted(computed(folder)) == NUMBERS
+
+
 def test_memory_error_at_opening_is_retried(folder: Path) -> None:
     (folder / "no-memory").touch()
     assert results(run(folder)) == EXPECTED
@@ -291,6 +305,27 @@ def test_shards_resume_after_disk_full(folder: Path) -> None:
         assert len(computed(folder)) < before + len(EXPECTED)  # finished shards are kept
     finally:
         subprocess.run(["umount", "--lazy", str(folder / "stage")], check=True)
+
+
+@pytest.mark.guarantee("disk full")
+def test_full_disk_of_a_node_is_a_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other jobs filled its temporary folder; another node, or the same one later, computes the shard."""
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(temporary)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    fill = "if taken(folder / f\"spill-{row['n']}\"): Path(os.environ['TMPDIR'], 'cache').write_bytes(bytes(2**21))"
+    (folder / "squares_program.py").write_text(
+        PROGRAM.replace('            if (folder / f"full', f'            {fill}\n            if (folder / f"full')
+    )
+    (folder / "spill-21").touch()
+    monkeypatch.setenv("SLURM_TMPDIR", str(temporary))
+    try:
+        assert results(run(folder)) == EXPECTED
+    finally:
+        subprocess.run(["umount", "--lazy", str(temporary)], check=True)
+    assert sorted(computed(folder)) == sorted([*NUMBERS, 20, 21])
 
 
 @pytest.mark.guarantee("damaged result or manifest")

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from cluster.backends import backend_at, open_backend
 from cluster.backends.allocation import AllocationBackend, _gpus, places_in
 from cluster.driver_job import DriverStopped
-from cluster.fanout import Progress, fan_out
+from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.processes import start_time
 from cluster.stage import Stage
@@ -21,10 +22,12 @@ from cluster.status import cancel_jobs
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from support import squares
 from support.row_programs import as_shards
 from support.runs import configuration, invoke
 from support.slurm_lab import put_command
 
+folder = squares.folder
 ALLOCATION = Cluster(profile="allocation", poll_seconds=0.05)
 
 
@@ -136,6 +139,44 @@ def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 4.2  # one after the other takes 4.5 s
     assert [step.wait() for step in steps] == [0, 0, 0]
     assert ledger.open_submissions() == []
+
+
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+mkdir "$NODES/node1" 2>/dev/null && node=node1 || node=node2
+export SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+SLURMD_NODENAME=$node exec "$@"
+"""
+"""Runs a step here. The first is on node1, all others on node2."""
+
+
+@pytest.mark.guarantee("program does not open on one node")
+@pytest.mark.parametrize("broken", [("node1",), ("node1", "node2")])
+def test_program_must_fail_to_open_on_two_nodes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[str, ...]
+) -> None:
+    """A node without some library fails before other nodes have loaded a model."""
+    put_command(folder / "bin" / "srun", SRUN)
+    put_command(folder / "bin" / "scontrol", "exit 1")
+    for name, value in {"NODES": str(folder), "SLURM_JOB_ID": "17"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    opening = f"""node = os.environ["SLURMD_NODENAME"]
+    if node == "node2":
+        while not any((folder / "stage" / "failures").iterdir()):
+            time.sleep(0.01)
+        time.sleep(1)
+    if node in {broken!r}:
+        raise ImportError("libcudnn.so.9")
+    if taken("""
+    (folder / "squares_program.py").write_text(squares.PROGRAM.replace("if taken(", opening, 1))
+    drive = partial(fan_out, squares.stage(folder), as_shards(*squares.SHARDS), Resources(parallel_jobs=2), ALLOCATION)
+    if len(broken) == 1:
+        assert squares.results(drive()) == squares.EXPECTED
+        return
+    with pytest.raises(ShardsFailed, match="6 of 6 shards failed"):
+        drive()
+    assert len((folder / "opened.txt").read_text().split()) == 2
 
 
 def test_local_jobs_end_after_profile_changed() -> None:
