@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.backends import open_backend
-from cluster.backends.base import SchedulerUnavailable, Task, log_file
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submissions
@@ -180,7 +180,10 @@ class _Driver:
         except BaseException:
             close_submissions(self._ledger, self._cluster)
             raise
-        close_submissions(self._ledger, self._cluster)
+        try:
+            close_submissions(self._ledger, self._cluster)
+        except (JobsRemain, SchedulerUnavailable) as error:  # the stage no longer needs them
+            log.warning("%s: %s", self._stage.name, error)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
         self._stage.remove_intermediate_files()

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import platform
 import shutil
 import signal
@@ -32,11 +33,12 @@ from cluster.usage import cost_of, use_of
 from cluster.worker import _compute_shards, classify_error
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
-from montessori_core.files import commit, hash_path, read_json, write_json
+from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.models import flops
 from montessori_core.program import Row
 from support import squares, wait_until
 from support.row_programs import as_shards
+from support.slurm_lab import put_command
 from support.squares import (
     CLUSTER,
     EXPECTED,
@@ -645,6 +647,24 @@ def test_slurm_jobs_without_slurm_are_an_error(folder: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"Slurm jobs .* no sbatch here.* login node.* remove jobs/ledger\.json"):
         run(folder)
     assert computed(folder) == []
+
+
+@pytest.mark.guarantee("squeue fails for a while")
+def test_finished_stage_needs_no_scheduler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller goes down while the last job is leaving the queue."""
+    parts = run(folder)
+    made = stage(folder)
+    ledger = Ledger(made.folder / "jobs")
+    work = hash_json([key_of(made, rows) for rows in SHARDS])
+    ledger.submissions = [Submission("montessori-squares", work, [[0]], None, 1, ids=["17"])]
+    ledger.save()
+    for command in ("sbatch", "squeue", "scancel", "scontrol"):
+        put_command(folder / "bin" / command, "exit 1")
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("cluster.backends.slurm._CANCEL_TIMEOUT", 1.0)
+    slurm = Cluster(profile="slurm", poll_seconds=0.05)
+    assert fan_out(made, as_shards(*SHARDS), Resources(), slurm) == parts
+    assert len(Ledger(made.folder / "jobs").open_submissions()) == 1  # for `montessori cancel`
 
 
 def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
