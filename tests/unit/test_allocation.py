@@ -13,6 +13,7 @@ import yaml
 
 from cluster.backends import backend_at, open_backend
 from cluster.backends.allocation import AllocationBackend, _gpus, places_in
+from cluster.backends.local import process_of
 from cluster.driver_job import DriverStopped
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submissions
@@ -119,6 +120,53 @@ def test_steps_are_ended_as_steps_after_profile_changed(tmp_path: Path, monkeypa
         fan_out(stage, as_shards([{"n": 0}]), Resources(parallel_jobs=1), ALLOCATION, stop_driver)
     assert cancel_jobs(stage.folder, Cluster(profile="local")) == 1
     assert ended.exists()
+
+
+@pytest.mark.guarantee("results seen late")
+def test_late_result_of_adopted_step_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver knows no exit status of a step that an earlier driver started."""
+    started, finish = tmp_path / "started", tmp_path / "finish"
+    put_command(tmp_path / "bin" / "srun", f"touch {started}; while [ ! -e {finish} ]; do sleep 0.05; done")
+    put_command(tmp_path / "bin" / "scontrol", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stage = squares.stage(tmp_path)
+    drive = partial(fan_out, stage, as_shards([{"n": 3}]), Resources(parallel_jobs=1), ALLOCATION)
+
+    def stop_driver(progress: Progress) -> None:
+        if started.exists():
+            raise DriverStopped
+
+    with pytest.raises(DriverStopped):
+        drive(stop_driver)
+    [step] = squares.submissions(tmp_path)[0].ids or []
+    turns: list[bool] = []  # of the next driver, after the step has ended
+
+    def show_result_late(progress: Progress) -> None:
+        finish.touch()
+        if process_of(step) is None:
+            turns.append(True)
+        if len(turns) == 5:
+            with stage.commit_part(0, squares.key_of(stage, [{"n": 3}]), 1, "7") as part:
+                part.write_text("[9]")
+
+    assert squares.results(drive(show_result_late)) == [9]
+    [submission] = squares.submissions(tmp_path)
+    assert submission.lost == {}
+
+
+@pytest.mark.parametrize(
+    ("message", "awaited"), [("", True), ("srun: error: node1: task 0: Exited with exit code 1\n", False)]
+)
+def test_failed_adopted_step_is_told_by_message(tmp_path: Path, message: str, awaited: bool) -> None:
+    step = subprocess.Popen(["sleep", "600"])
+    job_id = f"{step.pid}:{start_time(step.pid)}"
+    backend = AllocationBackend(ALLOCATION.slurm, Resources(), None)
+    backend.note_command(job_id, ["srun", "cluster.step", str(tmp_path)])
+    (tmp_path / f"{step.pid}_srun.err").write_text(message)
+    step.kill()
+    step.wait()
+    assert ("COMPLETED" in backend.exit_reason(job_id)) == awaited
 
 
 def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
