@@ -214,10 +214,11 @@ class HeldBackend(AllocationBackend):
             return
         if answer.returncode == 0:
             self._has_submitted = True
+            self._sbatch.double_arrays()
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        passing = self._sbatch.accepts_later(refusal)
+        passing = self._sbatch.accepts_later(refusal, count)
         if not passing and without != avoid:
             self._impossible.add(without)
             return

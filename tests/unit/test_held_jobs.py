@@ -1,6 +1,7 @@
 """Which jobs the driver holds, by the answers of squeue and sbatch."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_excluded_nodes_are_needed_if_no_other_is_left(folder: Path, monkeypatch
     for _ in range(2):
         assert held.plan_jobs([0], 1, frozenset({"node1", "node2"})) == []
     assert "--exclude" not in (folder / "sbatch").read_text().splitlines()[-1]
+
+
+def test_held_jobs_beyond_submission_limit_become_fewer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's job stays in the queue, however long this driver waits."""
+    monkeypatch.setattr("cluster.backends.held._REFUSAL_PAUSE", 0.0)
+    refusal = 'echo "sbatch: error: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1'
+    accepting = f'case "$*" in *--array=0-[012]" "*) echo "Submitted batch job 9";; *) {refusal};; esac'
+    put_command(folder / "bin" / "sbatch", f'echo "$*" >>{folder}/sbatch; {accepting}')
+    held = backend(folder, parallel_jobs=8)
+    for _ in range(5):
+        held.plan_jobs(list(range(8)), 8, NONE)
+    sizes = re.findall(r"--array=0-(\d+)", (folder / "sbatch").read_text())
+    assert sizes == ["7", "0", "1", "3", "0"]
 
 
 def test_jobs_of_an_earlier_driver_that_are_too_long_are_replaced(folder: Path) -> None:
