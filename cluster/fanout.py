@@ -306,7 +306,7 @@ class _Driver:
         if not kind:
             reason = self._backend.exit_reason(job_id)
             kind = classify_loss(reason)
-        self._backend.cancel_lost(job_id)
+        self._backend.cancel_lost(job_id, kind)
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         self._nodes.count(node, kind, job_id if opening else first)

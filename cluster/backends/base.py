@@ -87,8 +87,8 @@ class Backend(Protocol):
         """Describe why a job ended without a result."""
         ...
 
-    def cancel_lost(self, job_id: str) -> None:
-        """Make sure that a lost job does not run again."""
+    def cancel_lost(self, job_id: str, kind: str) -> None:
+        """Make sure that a job does not run again, whose loss has class `kind` (`cluster.retry`)."""
         ...
 
 

@@ -216,7 +216,7 @@ class SlurmBackend:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
-    def cancel_lost(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str, kind: str) -> None:
         run_command("scancel", "--quiet", job_id)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
