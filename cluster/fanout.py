@@ -335,9 +335,7 @@ class _Driver:
         return self._nodes.may_open_elsewhere(node, others) or bool(opened)
 
     def _submit_missing(self, busy: set[int]) -> None:
-        missing = [
-            i for i in range(len(self._shards)) if i not in self._done and i not in self._failed and i not in busy
-        ]
+        missing = sorted(set(range(len(self._shards))) - self._done - self._failed.keys() - busy)
         if not missing or time.monotonic() < self._next_submission:
             return
         tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._nodes.excluded)
@@ -376,6 +374,8 @@ class _Driver:
         waiting = False
         for submission, ids in self._submitted():
             started = self._backend.running(submission.name, ids)
+            if started is None:
+                return
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 left = [index for index in task if index in busy]
                 if left and job_id in started:

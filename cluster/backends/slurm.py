@@ -219,8 +219,9 @@ class SlurmBackend:
     def cancel_lost(self, job_id: str, kind: str) -> None:
         run_command("scancel", "--quiet", job_id)
 
-    def running(self, name: str, ids: Sequence[str]) -> set[str]:
-        return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
+    def running(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        queued = self._queued(name, "--states=RUNNING,COMPLETING")
+        return None if queued is None else queued & set(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs, running or queued, and wait until they have ended: none commits afterwards.

@@ -486,6 +486,22 @@ def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.guarantee("squeue fails for a while")
+def test_silent_scheduler_makes_no_stragglers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard has three rows. The queue is unknown while jobs compute the second row of their first shard."""
+    together = "while len((folder / 'opened.txt').read_text().split()) < 4: time.sleep(0.01)"
+    (folder / "squares_program.py").write_text(PROGRAM.replace("def compute", f"{together}\n    def compute"))
+    running = LocalBackend.running
+
+    def silent(backend: LocalBackend, name: str, ids: Sequence[str]) -> set[str] | None:
+        return None if 8 <= len(computed(folder)) < 12 else running(backend, name, ids)
+
+    monkeypatch.setattr(LocalBackend, "running", silent)
+    assert results(run(folder, jobs=4, seconds=0.4, duplicate_stragglers_after=2)) == EXPECTED
+    assert len(submissions(folder)) == 1
+
+
+@pytest.mark.slow
 def test_local_jobs_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a replacement job; only visible GPUs are used. The test needs no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

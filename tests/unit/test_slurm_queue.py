@@ -12,6 +12,18 @@ from montessori_core.config import Resources, Slurm
 from montessori_core.errors import UserError
 from support.slurm_lab import put_command
 
+
+def test_running_jobs_are_unknown_without_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have not ended: shards that they compute keep their times (`cluster.stragglers`)."""
+    put_command(tmp_path / "bin" / "squeue", f"[ -e {tmp_path}/up ] && echo '17_0|None'")
+    put_command(tmp_path / "bin" / "sbatch", "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    backend = SlurmBackend(Slurm(), Resources(), None)
+    assert backend.running("name", ["17_0"]) is None
+    (tmp_path / "up").touch()
+    assert backend.running("name", ["17_0"]) == {"17_0"}
+
+
 LIMITED = """
 size=$(echo "$*" | sed -n 's/.*--array=0-\\([0-9]*\\).*/\\1/p')
 size=$((${size:-0} + 1))
