@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -23,7 +24,7 @@ from cluster.status import cancel_jobs
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
-from support import squares
+from support import squares, wait_until
 from support.row_programs import as_shards
 from support.runs import configuration, invoke
 from support.slurm_lab import put_command
@@ -167,6 +168,28 @@ def test_failed_adopted_step_is_told_by_message(tmp_path: Path, message: str, aw
     step.kill()
     step.wait()
     assert ("COMPLETED" in backend.exit_reason(job_id)) == awaited
+
+
+@pytest.mark.parametrize("end_steps", [True, False])
+def test_exit_at_once_terminates_srun(tmp_path: Path, end_steps: bool) -> None:
+    """By SIGTERM after a second Ctrl-C; a driver that its job's end stops leaves steps to the next one."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    put_command(tmp_path / "srun", f"trap 'kill $!; touch {ended}; exit' TERM; sleep 600 & touch {started}; wait")
+    code = f"""
+import subprocess, time
+from pathlib import Path
+from flows.cli.interrupt import _exit
+step = subprocess.Popen([{str(tmp_path / "srun")!r}], start_new_session=True)
+job = subprocess.Popen(["sleep", "600"])
+print(step.pid, job.pid, flush=True)
+while not Path({str(started)!r}).exists():
+    time.sleep(0.01)
+_exit(end_steps={end_steps})
+"""
+    driver = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert driver.returncode == 130, driver.stderr
+    wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in driver.stdout.split()), 10)
+    assert ended.exists() == end_steps
 
 
 def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
