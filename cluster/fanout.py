@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.backends import open_backend
-from cluster.backends.base import SchedulerUnavailable, Task, log_file
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import driven_folder
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
-from cluster.retry import NOT_RETRIED, REMEDIES, Losses, allowed_retries, classify_loss
+from cluster.retry import NOT_RETRIED, REMEDIES, Losses, NodeLosses, allowed_retries, classify_loss
 from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
@@ -141,11 +141,10 @@ class _Driver:
         self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
         self._losses = Losses()
-        self._lost_on: dict[str, set[int | str]] = {}
-        self._avoid: frozenset[str] = frozenset()
+        self._nodes = NodeLosses(stage.name, resources.exclude_node_after if cluster.profile == "slurm" else 0)
         self._next_submission = 0.0
         self._running = 0
-        self._alive: list[Task] = []
+        self._alive: dict[str, Task] = {}
         self._refusals = 0
         self._stopwatch = Stopwatch()
         self._late = LateResults(self._backend.exit_reason)
@@ -169,6 +168,7 @@ class _Driver:
                 continue
             self._stage.manifest(index).unlink(missing_ok=True)  # workers do not check the bytes again
             self._stage.progress_file(index).unlink(missing_ok=True)
+        self._begun_before = self._done | self._stage.begun()
 
     def run(self) -> None:
         """Submit, watch and submit again until every shard is done or has failed."""
@@ -180,7 +180,10 @@ class _Driver:
         except BaseException:
             close_submissions(self._ledger, self._cluster)
             raise
-        close_submissions(self._ledger, self._cluster)
+        try:
+            close_submissions(self._ledger, self._cluster)
+        except (JobsRemain, SchedulerUnavailable) as error:  # the stage no longer needs them
+            log.warning("%s: %s", self._stage.name, error)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
         self._stage.remove_intermediate_files()
@@ -199,14 +202,15 @@ class _Driver:
         stage, shards = self._stage, self._shards
         rows = len(shards.rows)
         done: float = sum(map(shards.rows_of, self._done))
-        begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
+        begun = stage.begun()
         records = {
             index: read_record(stage.progress_file(index), ShardProgress)
             for index in begun & set(range(len(shards))) - self._done
         }
         done += sum(min(shards.rows_of(index), record.done) for index, record in records.items() if record)
         # A job computes its shards in order; a job that has begun none is waiting or loading its program.
-        undone = [[index for index in task if index not in self._done] for task in self._alive if begun & set(task)]
+        tasks = [task for task in self._alive.values() if begun & set(task)]
+        undone = [[index for index in task if index not in self._done] for task in tasks]
         computing = {indices[0] for indices in undone if indices}
         earlier = stage.manifests(sorted(self._done)[-_PACED:])
         pace = rows_per_second([records.get(index) for index in sorted(computing)], earlier)
@@ -219,7 +223,7 @@ class _Driver:
         busy: set[int] = set()
         lost: list[tuple[Submission, str, Task]] = []
         self._running = 0
-        self._alive = []
+        self._alive = {}
         limit = self._resources.parallel_jobs
         for submission, ids in self._submitted():
             alive = self._backend.alive(submission.name, ids)
@@ -230,7 +234,7 @@ class _Driver:
                 if submission.missed[job_id] < self._backend.polls_until_lost:
                     left += 1
                     busy.update(task)
-                    self._alive.append(task)
+                    self._alive[job_id] = task
                 elif missed < self._backend.polls_until_lost:
                     lost.append((submission, job_id, task))
             if not left:
@@ -289,6 +293,9 @@ class _Driver:
             if failure is None or failure.job_id != job_id.split(":")[0]:
                 continue
             first, kind, reason, opening = index, failure.kind, failure.error, failure.opening
+        node = self._stage.node_of(job_id)
+        if kind in NOT_RETRIED and opening and self._opens_elsewhere(node):
+            kind = "lost"
         if kind in NOT_RETRIED:
             # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.
             hit = set(range(len(self._shards))) - self._done if opening else {first}
@@ -299,11 +306,10 @@ class _Driver:
         if not kind:
             reason = self._backend.exit_reason(job_id)
             kind = classify_loss(reason)
-        self._backend.cancel_lost(job_id)
+        self._backend.cancel_lost(job_id, kind)
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
-        if kind in ("lost", "node_failure", "file_system"):
-            self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), job_id if opening else first)
+        self._nodes.count(node, kind, job_id if opening else first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
             self._failed[first] = ShardFailure(first, kind, reason, log_path)
@@ -322,32 +328,23 @@ class _Driver:
         self._next_submission = time.monotonic() + seconds
         return seconds
 
-    def _count_loss_on_node(self, node: str | None, lost_work: int | str) -> None:
-        """Exclude a node that lost several shards, or jobs at opening; one lost shard may itself be the cause."""
-        limit = self._resources.exclude_node_after
-        if node is None or not limit:
-            return
-        lost = self._lost_on.setdefault(node, set())
-        lost.add(lost_work)
-        if len(lost) == limit and self._cluster.profile == "slurm":
-            log.warning(
-                "%s: node %s lost %d shards or jobs; it gets no more of this stage", self._stage.name, node, limit
-            )
-            self._avoid |= {node}
+    def _opens_elsewhere(self, node: str | None) -> bool:
+        """Return whether the program, which did not open on `node`, has opened in another job or may open on another node."""
+        opened = (self._done | self._stage.begun()) - self._begun_before
+        others = {self._stage.node_of(job_id) for job_id in self._alive}
+        return self._nodes.may_open_elsewhere(node, others) or bool(opened)
 
     def _submit_missing(self, busy: set[int]) -> None:
-        missing = [
-            i for i in range(len(self._shards)) if i not in self._done and i not in self._failed and i not in busy
-        ]
+        missing = sorted(set(range(len(self._shards))) - self._done - self._failed.keys() - busy)
         if not missing or time.monotonic() < self._next_submission:
             return
-        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._avoid)
+        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._nodes.excluded)
         if not tasks:
             return
         # The scheduler may have accepted jobs without our learning of it.
         unknown = [submission for submission in self._ledger.open_submissions() if submission.ids is None]
         close_submissions(self._ledger, self._cluster, unknown)
-        self._submit(tasks, self._avoid)
+        self._submit(tasks, self._nodes.excluded)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
         name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
@@ -377,6 +374,8 @@ class _Driver:
         waiting = False
         for submission, ids in self._submitted():
             started = self._backend.running(submission.name, ids)
+            if started is None:
+                return
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 left = [index for index in task if index in busy]
                 if left and job_id in started:
@@ -389,11 +388,13 @@ class _Driver:
             return  # a copy would take the slot of a shard that waits
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):
             job_id, left = running[index]
-            node = self._stage.node_of(job_id.split(":")[0])
-            if not self._backend.plan_jobs(left, self._resources.parallel_jobs - self._running, self._avoid, node):
+            node = self._stage.node_of(job_id)
+            if not self._backend.plan_jobs(
+                left, self._resources.parallel_jobs - self._running, self._nodes.excluded, node
+            ):
                 return  # no slot, GPU or held job is free
             log.warning(
                 "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"
             )
             self._duplicated.update(left)
-            self._submit([left], self._avoid | ({node} if node else set()))
+            self._submit([left], self._nodes.excluded | ({node} if node else set()))

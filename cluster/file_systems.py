@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,7 @@ _FULL_TEXTS = (
 )
 _LATEST_RESULT = 90.0  # seconds; NFS caches attributes of a folder for up to 60 by default (acdirmax)
 _PATIENCE = 600.0  # seconds
+_NEARLY_FULL = 64 * 2**20  # bytes
 
 T = TypeVar("T")
 
@@ -28,6 +30,13 @@ T = TypeVar("T")
 def is_full(error: BaseException) -> bool:
     """Return whether there was no space or quota left; libraries such as safetensors raise errors of their own."""
     return any(text in str(error) for text in _FULL_TEXTS)
+
+
+def node_is_full(folder: Path) -> bool:
+    """Return whether the disk of this node's temporary files is full, and is not the one of a shared folder."""
+    temporary = os.environ.get("TMPDIR", "/tmp")  # tempfile.gettempdir ignores a folder where it cannot write
+    other = os.stat(temporary).st_dev != os.stat(folder).st_dev
+    return other and shutil.disk_usage(temporary).free < _NEARLY_FULL
 
 
 def may_pass(error: BaseException) -> bool:

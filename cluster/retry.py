@@ -1,7 +1,13 @@
-"""Which losses and failures are retried, and how often."""
+"""Which losses and failures are retried, and how often, and which nodes a stage stops using."""
+
+import logging
+from collections.abc import Set
+
+log = logging.getLogger(__name__)
 
 _NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that do not count against a shard that advances
 NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
+_OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
 REMEDIES = {
     "file_system": "; check the mounts of these nodes and their file servers",
     "out_of_memory": "; raise memory_gb of the stage in cluster.resources (smaller batches need a run of another name)",
@@ -47,6 +53,41 @@ class Losses:
         self._reached[loss] = max(rows_done, self._reached.get(loss, 0.0))
         self._counts[loss] = self._counts.get(loss, 0) + 1
         return self._counts[loss]
+
+
+class NodeLosses:
+    """Tells broken nodes from broken shards and programs: a node that lost several shards is excluded from the stage.
+
+    Attributes:
+        excluded: nodes that get no more of the stage.
+    """
+
+    def __init__(self, stage: str, limit: int) -> None:
+        """Exclude a node after `limit` losses of the stage of this name; 0: none is excluded."""
+        self._stage, self._limit = stage, limit
+        self._lost: dict[str, set[int | str]] = {}
+        self._not_opened: set[str | None] = set()
+        self.excluded: frozenset[str] = frozenset()
+
+    def count(self, node: str | None, kind: str, shard_or_job: int | str) -> None:
+        """Count a shard that was lost on a node, or a job that was lost at opening; a shard lost again counts once."""
+        if node is None or kind not in _OF_NODES:
+            return
+        lost = self._lost.setdefault(node, set())
+        lost.add(shard_or_job)
+        if len(lost) == self._limit and node not in self.excluded:
+            log.warning(
+                "%s: node %s lost %d shards or jobs; it gets no more of this stage", self._stage, node, self._limit
+            )
+            self.excluded |= {node}
+
+    def may_open_elsewhere(self, node: str | None, others: Set[str | None]) -> bool:
+        """Return whether a program that did not open on a node may open on the nodes `others` of running jobs.
+
+        It may until it fails on a second node: one broken node, which fails first, must not end a stage.
+        """
+        self._not_opened.add(node)
+        return len(self._not_opened) == 1 and not others <= {node, None}
 
 
 def allowed_retries(kind: str, infrastructure_retries: int) -> int:

@@ -193,6 +193,10 @@ class Stage:
         """Path of the progress of shard `index`."""
         return self.folder / "progress" / f"{index:05d}.json"
 
+    def begun(self) -> set[int]:
+        """Return the shards that a job has begun, done or not."""
+        return {int(file.stem) for file in (self.folder / "progress").glob("[0-9]*.json")}
+
     def failure_file(self, index: int) -> Path:
         """Path of the traceback of shard `index`."""
         return self.folder / "failures" / f"{index:05d}.json"
@@ -203,7 +207,7 @@ class Stage:
 
     def node_of(self, job_id: str) -> str | None:
         """Return the node where a job last started; None if it never did."""
-        start = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", JobStart)
+        start = read_record(self.folder / "jobs" / f"node-of-{job_id.split(':')[0]}.json", JobStart)
         return start.node if start else None
 
     def write(self, shards: Shards) -> None:

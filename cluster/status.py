@@ -193,7 +193,8 @@ def _find_assigned(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[s
             started = {job_id for job_id in ids if not submission.missed.get(job_id)}
             alive: set[str] | None = started
         else:
-            alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
+            alive = backend.alive(submission.name, ids)
+            started = backend.running(submission.name, ids) or set()
         for job_id, task in zip(ids, submission.tasks, strict=True):
             if alive is not None and job_id not in alive:
                 continue

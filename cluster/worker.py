@@ -16,7 +16,7 @@ from typing import Any
 
 import submitit
 
-from cluster.file_systems import is_full, may_pass
+from cluster.file_systems import is_full, may_pass, node_is_full
 from cluster.memory import keep_freed_memory
 from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.processes import seconds_since, start_time
@@ -97,10 +97,11 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
                 opening = time.monotonic() - begun
             _compute_shard(stage, index, key, rows.to_pylist(), opened, environment, opening)
         except Exception as error:
+            on_node = is_full(error) and node_is_full(stage.folder)
             failure = {
                 "job_id": environment.job_id,
                 "attempt": _attempt(),
-                "class": classify_error(error),
+                "class": "lost" if on_node else classify_error(error),
                 "opening": opened is None,
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc(),

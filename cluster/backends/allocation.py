@@ -184,6 +184,10 @@ class AllocationBackend(LocalBackend):
         step = self._steps.get(job_id)
         if step is not None and step.returncode == 0:
             return "COMPLETED"  # its results may be visible later, as those of a Slurm job
+        if (
+            step is None and not messages and job_id in self._folders
+        ):  # the step of an earlier driver, awaited by this one
+            return "the step ended without a result, and without a message of Slurm (COMPLETED, or killed)"
         return messages[-1] if messages else super().exit_reason(job_id)
 
     def _messages_of(self, job_id: str) -> list[str]:

@@ -71,8 +71,8 @@ class Backend(Protocol):
         """Return the jobs of a submission that are running or will run; None if unknown at present."""
         ...
 
-    def running(self, name: str, ids: Sequence[str]) -> set[str]:
-        """Return the jobs of a submission that have started; empty if unknown at present."""
+    def running(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        """Return the jobs of a submission that have started; None if unknown at present."""
         ...
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -87,8 +87,8 @@ class Backend(Protocol):
         """Describe why a job ended without a result."""
         ...
 
-    def cancel_lost(self, job_id: str) -> None:
-        """Make sure that a lost job does not run again."""
+    def cancel_lost(self, job_id: str, kind: str) -> None:
+        """Make sure that a job does not run again, whose loss has class `kind` (`cluster.retry`)."""
         ...
 
 

@@ -142,9 +142,10 @@ class HeldBackend(AllocationBackend):
         state = self._sbatch.exit_reason(self._elements[held])
         return super().exit_reason(job_id) if classify_loss(state) == "lost" else state
 
-    def cancel_lost(self, job_id: str) -> None:
-        """Give back the held job of a lost step: its node may be the cause."""
-        if (held := self._held_of.pop(job_id, None)) is not None:
+    def cancel_lost(self, job_id: str, kind: str) -> None:
+        """Give back the held job of a lost step, if its node may be the cause: others would queue again."""
+        held = self._held_of.pop(job_id, None)
+        if held is not None and kind not in ("time_limit", "out_of_memory"):
             run_command("scancel", "--quiet", self._elements[held])
 
     def _queue(self, avoid: frozenset[str]) -> list[_Held] | None:
@@ -214,10 +215,11 @@ class HeldBackend(AllocationBackend):
             return
         if answer.returncode == 0:
             self._has_submitted = True
+            self._sbatch.double_arrays()
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        passing = self._sbatch.accepts_later(refusal)
+        passing = self._sbatch.accepts_later(refusal, count)
         if not passing and without != avoid:
             self._impossible.add(without)
             return

@@ -152,7 +152,7 @@ class LocalBackend:
             return f"TIMEOUT: the process was killed after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
 
-    def cancel_lost(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str, kind: str) -> None:
         pass
 
 

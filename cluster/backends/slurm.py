@@ -1,6 +1,7 @@
 """Backend that runs jobs as Slurm job arrays."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -87,6 +88,7 @@ class SlurmBackend:
         self._slurm, self._resources = slurm, resources
         self._python, self._container_options = python_command(slurm, python)
         self._largest_array = slurm.max_array_size
+        self._next_array = math.inf  # tasks, after sbatch refused a larger array
         self._silent = False
 
     def prepare(self) -> None:
@@ -102,10 +104,10 @@ class SlurmBackend:
         return split_for_array(shards, free, self._resources.shards_per_job)[: self.array_limit()]
 
     def array_limit(self) -> int:
-        """Return how many tasks a job array may have."""
+        """Return how many tasks the next job array may have."""
         if self._largest_array is None:
             self._largest_array = (largest_array() or _DEFAULT_ARRAY_LIMIT) - 1
-        return self._largest_array
+        return int(min(self._largest_array, self._next_array))
 
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
@@ -117,7 +119,7 @@ class SlurmBackend:
             with _limit_sbatch(folder):
                 jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
-            if self.accepts_later(str(error)):
+            if self.accepts_later(str(error), count):
                 raise SchedulerUnavailable(str(error)) from error
             if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
                 raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
@@ -125,19 +127,30 @@ class SlurmBackend:
                 log.warning("no node is left when %s are excluded; using them again", ", ".join(sorted(avoid)))
                 return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
             raise UserError(
-                f"sbatch rejected the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on the jobs a "
-                "user may submit) and cluster.resources in the configuration."
+                f"sbatch rejected the jobs: {error}\nSee cluster.slurm and cluster.resources in the configuration."
             ) from error
+        self.double_arrays()
         return [job.job_id for job in jobs]
 
-    def accepts_later(self, refusal: str) -> bool:
-        """Whether sbatch would accept jobs later: the controller is down, or this user has too many jobs at the moment."""
+    def accepts_later(self, refusal: str, jobs: int) -> bool:
+        """Whether sbatch would accept jobs later, or fewer now: the controller is down, or this user would have too many.
+
+        An array may exceed a limit that waiting does not raise: arrays start again with one task, and double while they are
+        accepted. One job is not refused for ever if this user has other jobs, which will end.
+        """
         if any(sign in refusal for sign in CONTROLLER_DOWN):
             return True
         if not any(sign in refusal for sign in _TOO_MANY_JOBS):
             return False
+        if jobs > 1:
+            self._next_array = 1
+            return True
         queued = self._squeue("--me", "--format=%A") or set()
         return bool(queued - {os.environ.get("SLURM_JOB_ID")})  # the driver itself may be a job
+
+    def double_arrays(self) -> None:
+        """Let arrays grow again after sbatch accepted one."""
+        self._next_array *= 2
 
     def _executor(self, name: str, folder: Path, at_once: int, avoid: frozenset[str]) -> SbatchExecutor:
         """Return the executor that submits jobs with the configured options."""
@@ -203,11 +216,12 @@ class SlurmBackend:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
-    def cancel_lost(self, job_id: str) -> None:
+    def cancel_lost(self, job_id: str, kind: str) -> None:
         run_command("scancel", "--quiet", job_id)
 
-    def running(self, name: str, ids: Sequence[str]) -> set[str]:
-        return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
+    def running(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        queued = self._queued(name, "--states=RUNNING,COMPLETING")
+        return None if queued is None else queued & set(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs, running or queued, and wait until they have ended: none commits afterwards.

@@ -78,7 +78,7 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
     except BaseException as error:
         if _cause(error, "DriverStopped"):
             console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
-            _exit()
+            _exit(end_steps=False)
         if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
             remaining = _cause(error, "JobsRemain", "SchedulerUnavailable")
             stop("the jobs were cancelled" if remaining is None else f"{_REMAINING} ({remaining})")
@@ -127,11 +127,18 @@ def _open_api() -> str:
     return server.api_url
 
 
-def _exit() -> None:
+def _exit(end_steps: bool = True) -> None:
+    """End this process at once, with Prefect's server for this run and remaining local jobs.
+
+    srun ends its step after SIGTERM. A step whose srun is killed continues, and `montessori cancel` does not find it.
+    """
     sys.stdout.flush()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            child.kill()  # Prefect's server for this run, and remaining local jobs
+            if end_steps and child.name() == "srun":
+                child.terminate()
+            else:
+                child.kill()
     os._exit(130)  # skip the long error reports of Prefect's threads about the missing server
 
 

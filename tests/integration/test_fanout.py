@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import platform
 import shutil
 import signal
@@ -32,11 +33,12 @@ from cluster.usage import cost_of, use_of
 from cluster.worker import _compute_shards, classify_error
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
-from montessori_core.files import commit, hash_path, read_json, write_json
+from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.models import flops
 from montessori_core.program import Row
 from support import squares, wait_until
 from support.row_programs import as_shards
+from support.slurm_lab import put_command
 from support.squares import (
     CLUSTER,
     EXPECTED,
@@ -149,6 +151,20 @@ def test_program_that_fails_to_open_fails_once(folder: Path) -> None:
         run(folder, jobs=1)
     assert len(failure.value.failures) == 6
     assert len((folder / "opened.txt").read_text().split()) == 1
+
+
+@pytest.mark.guarantee("program does not open on one node")
+def test_failed_opening_ends_no_stage_that_opened(folder: Path) -> None:
+    """A job of a node without some library, while others compute."""
+    broken = """if taken(folder / "broken"):
+        while not any((folder / "stage").glob("part-*.manifest.json")):
+            time.sleep(0.01)
+        raise ImportError("libcudnn.so.9")
+    if taken("""
+    (folder / "squares_program.py").write_text(PROGRAM.replace("if taken(", broken, 1))
+    (folder / "broken").touch()
+    assert results(run(folder)) == EXPECTED
+    assert sorted(computed(folder)) == NUMBERS
 
 
 def test_memory_error_at_opening_is_retried(folder: Path) -> None:
@@ -291,6 +307,27 @@ def test_shards_resume_after_disk_full(folder: Path) -> None:
         assert len(computed(folder)) < before + len(EXPECTED)  # finished shards are kept
     finally:
         subprocess.run(["umount", "--lazy", str(folder / "stage")], check=True)
+
+
+@pytest.mark.guarantee("disk full")
+def test_full_disk_of_a_node_is_a_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other jobs filled its temporary folder; another node, or the same one later, computes the shard."""
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(temporary)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    fill = "if taken(folder / f\"spill-{row['n']}\"): Path(os.environ['TMPDIR'], 'cache').write_bytes(bytes(2**21))"
+    (folder / "squares_program.py").write_text(
+        PROGRAM.replace('            if (folder / f"full', f'            {fill}\n            if (folder / f"full')
+    )
+    (folder / "spill-21").touch()
+    monkeypatch.setenv("SLURM_TMPDIR", str(temporary))
+    try:
+        assert results(run(folder)) == EXPECTED
+    finally:
+        subprocess.run(["umount", "--lazy", str(temporary)], check=True)
+    assert sorted(computed(folder)) == sorted([*NUMBERS, 20, 21])
 
 
 @pytest.mark.guarantee("damaged result or manifest")
@@ -446,6 +483,22 @@ def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     assert sorted(computed(folder)) == sorted([*NUMBERS, 20, 21])
     assert len(submissions(folder)) == 2
     assert jobs_alive(folder / "stage") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("squeue fails for a while")
+def test_silent_scheduler_makes_no_stragglers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard has three rows. The queue is unknown while jobs compute the second row of their first shard."""
+    together = "while len((folder / 'opened.txt').read_text().split()) < 4: time.sleep(0.01)"
+    (folder / "squares_program.py").write_text(PROGRAM.replace("def compute", f"{together}\n    def compute"))
+    running = LocalBackend.running
+
+    def silent(backend: LocalBackend, name: str, ids: Sequence[str]) -> set[str] | None:
+        return None if 8 <= len(computed(folder)) < 12 else running(backend, name, ids)
+
+    monkeypatch.setattr(LocalBackend, "running", silent)
+    assert results(run(folder, jobs=4, seconds=0.4, duplicate_stragglers_after=2)) == EXPECTED
+    assert len(submissions(folder)) == 1
 
 
 @pytest.mark.slow
@@ -610,6 +663,24 @@ def test_slurm_jobs_without_slurm_are_an_error(folder: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"Slurm jobs .* no sbatch here.* login node.* remove jobs/ledger\.json"):
         run(folder)
     assert computed(folder) == []
+
+
+@pytest.mark.guarantee("squeue fails for a while")
+def test_finished_stage_needs_no_scheduler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller goes down while the last job is leaving the queue."""
+    parts = run(folder)
+    made = stage(folder)
+    ledger = Ledger(made.folder / "jobs")
+    work = hash_json([key_of(made, rows) for rows in SHARDS])
+    ledger.submissions = [Submission("montessori-squares", work, [[0]], None, 1, ids=["17"])]
+    ledger.save()
+    for command in ("sbatch", "squeue", "scancel", "scontrol"):
+        put_command(folder / "bin" / command, "exit 1")
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("cluster.backends.slurm._CANCEL_TIMEOUT", 1.0)
+    slurm = Cluster(profile="slurm", poll_seconds=0.05)
+    assert fan_out(made, as_shards(*SHARDS), Resources(), slurm) == parts
+    assert len(Ledger(made.folder / "jobs").open_submissions()) == 1  # for `montessori cancel`
 
 
 def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,18 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from cluster.backends import backend_at, open_backend
 from cluster.backends.allocation import AllocationBackend, _gpus, places_in
+from cluster.backends.local import process_of
 from cluster.driver_job import DriverStopped
-from cluster.fanout import Progress, fan_out
+from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.processes import start_time
 from cluster.stage import Stage
@@ -21,10 +24,12 @@ from cluster.status import cancel_jobs
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from support import squares, wait_until
 from support.row_programs import as_shards
 from support.runs import configuration, invoke
 from support.slurm_lab import put_command
 
+folder = squares.folder
 ALLOCATION = Cluster(profile="allocation", poll_seconds=0.05)
 
 
@@ -118,6 +123,75 @@ def test_steps_are_ended_as_steps_after_profile_changed(tmp_path: Path, monkeypa
     assert ended.exists()
 
 
+@pytest.mark.guarantee("results seen late")
+def test_late_result_of_adopted_step_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver knows no exit status of a step that an earlier driver started."""
+    started, finish = tmp_path / "started", tmp_path / "finish"
+    put_command(tmp_path / "bin" / "srun", f"touch {started}; while [ ! -e {finish} ]; do sleep 0.05; done")
+    put_command(tmp_path / "bin" / "scontrol", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stage = squares.stage(tmp_path)
+    drive = partial(fan_out, stage, as_shards([{"n": 3}]), Resources(parallel_jobs=1), ALLOCATION)
+
+    def stop_driver(progress: Progress) -> None:
+        if started.exists():
+            raise DriverStopped
+
+    with pytest.raises(DriverStopped):
+        drive(stop_driver)
+    [step] = squares.submissions(tmp_path)[0].ids or []
+    turns: list[bool] = []  # of the next driver, after the step has ended
+
+    def show_result_late(progress: Progress) -> None:
+        finish.touch()
+        if process_of(step) is None:
+            turns.append(True)
+        if len(turns) == 5:
+            with stage.commit_part(0, squares.key_of(stage, [{"n": 3}]), 1, "7") as part:
+                part.write_text("[9]")
+
+    assert squares.results(drive(show_result_late)) == [9]
+    [submission] = squares.submissions(tmp_path)
+    assert submission.lost == {}
+
+
+@pytest.mark.parametrize(
+    ("message", "awaited"), [("", True), ("srun: error: node1: task 0: Exited with exit code 1\n", False)]
+)
+def test_failed_adopted_step_is_told_by_message(tmp_path: Path, message: str, awaited: bool) -> None:
+    step = subprocess.Popen(["sleep", "600"])
+    job_id = f"{step.pid}:{start_time(step.pid)}"
+    backend = AllocationBackend(ALLOCATION.slurm, Resources(), None)
+    backend.note_command(job_id, ["srun", "cluster.step", str(tmp_path)])
+    (tmp_path / f"{step.pid}_srun.err").write_text(message)
+    step.kill()
+    step.wait()
+    assert ("COMPLETED" in backend.exit_reason(job_id)) == awaited
+
+
+@pytest.mark.parametrize("end_steps", [True, False])
+def test_exit_at_once_terminates_srun(tmp_path: Path, end_steps: bool) -> None:
+    """By SIGTERM after a second Ctrl-C; a driver that its job's end stops leaves steps to the next one."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    put_command(tmp_path / "srun", f"trap 'kill $!; touch {ended}; exit' TERM; sleep 600 & touch {started}; wait")
+    code = f"""
+import subprocess, time
+from pathlib import Path
+from flows.cli.interrupt import _exit
+step = subprocess.Popen([{str(tmp_path / "srun")!r}], start_new_session=True)
+job = subprocess.Popen(["sleep", "600"])
+print(step.pid, job.pid, flush=True)
+while not Path({str(started)!r}).exists():
+    time.sleep(0.01)
+_exit(end_steps={end_steps})
+"""
+    driver = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert driver.returncode == 130, driver.stderr
+    wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in driver.stdout.split()), 10)
+    assert ended.exists() == end_steps
+
+
 def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
     """A step may take until Slurm's KillWait to end."""
     ledger = Ledger(tmp_path)
@@ -136,6 +210,44 @@ def test_steps_of_several_submissions_end_together(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 4.2  # one after the other takes 4.5 s
     assert [step.wait() for step in steps] == [0, 0, 0]
     assert ledger.open_submissions() == []
+
+
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+mkdir "$NODES/node1" 2>/dev/null && node=node1 || node=node2
+export SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+SLURMD_NODENAME=$node exec "$@"
+"""
+"""Runs a step here. The first is on node1, all others on node2."""
+
+
+@pytest.mark.guarantee("program does not open on one node")
+@pytest.mark.parametrize("broken", [("node1",), ("node1", "node2")])
+def test_program_must_fail_to_open_on_two_nodes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[str, ...]
+) -> None:
+    """A node without some library fails before other nodes have loaded a model."""
+    put_command(folder / "bin" / "srun", SRUN)
+    put_command(folder / "bin" / "scontrol", "exit 1")
+    for name, value in {"NODES": str(folder), "SLURM_JOB_ID": "17"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    opening = f"""node = os.environ["SLURMD_NODENAME"]
+    if node == "node2":
+        while not any((folder / "stage" / "failures").iterdir()):
+            time.sleep(0.01)
+        time.sleep(1)
+    if node in {broken!r}:
+        raise ImportError("libcudnn.so.9")
+    if taken("""
+    (folder / "squares_program.py").write_text(squares.PROGRAM.replace("if taken(", opening, 1))
+    drive = partial(fan_out, squares.stage(folder), as_shards(*squares.SHARDS), Resources(parallel_jobs=2), ALLOCATION)
+    if len(broken) == 1:
+        assert squares.results(drive()) == squares.EXPECTED
+        return
+    with pytest.raises(ShardsFailed, match="6 of 6 shards failed"):
+        drive()
+    assert len((folder / "opened.txt").read_text().split()) == 2
 
 
 def test_local_jobs_end_after_profile_changed() -> None:

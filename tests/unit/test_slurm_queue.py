@@ -1,13 +1,68 @@
-"""How the answers of squeue are read."""
+"""How the answers of squeue and sbatch are read."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Resources, Slurm
+from montessori_core.errors import UserError
 from support.slurm_lab import put_command
+
+
+def test_running_jobs_are_unknown_without_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have not ended: shards that they compute keep their times (`cluster.stragglers`)."""
+    put_command(tmp_path / "bin" / "squeue", f"[ -e {tmp_path}/up ] && echo '17_0|None'")
+    put_command(tmp_path / "bin" / "sbatch", "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    backend = SlurmBackend(Slurm(), Resources(), None)
+    assert backend.running("name", ["17_0"]) is None
+    (tmp_path / "up").touch()
+    assert backend.running("name", ["17_0"]) == {"17_0"}
+
+
+LIMITED = """
+size=$(echo "$*" | sed -n 's/.*--array=0-\\([0-9]*\\).*/\\1/p')
+size=$((${size:-0} + 1))
+echo $size >>FOLDER/sizes
+if [ $size -gt 5 ]; then
+  echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)" >&2
+  exit 1
+fi
+echo "Submitted batch job 9"
+"""
+"""An sbatch that accepts at most five jobs at once."""
+
+
+@pytest.mark.guarantee("limit on submitted jobs")
+def test_arrays_beyond_submission_limit_become_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another driver that is a job stays in the queue, however long this one waits."""
+    put_command(tmp_path / "bin" / "squeue", "echo 17")
+    put_command(tmp_path / "bin" / "scontrol", "echo MaxArraySize = 1001")
+    put_command(tmp_path / "bin" / "sbatch", LIMITED.replace("FOLDER", str(tmp_path)))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    backend = SlurmBackend(Slurm(), Resources(shards_per_job=1), None)
+    for _ in range(6):
+        tasks = backend.plan_jobs(list(range(40)), 40, frozenset())
+        with suppress(SchedulerUnavailable):
+            assert len(backend.submit("name", tmp_path / "jobs", tasks, tmp_path, 40, frozenset())) == len(tasks)
+    assert (tmp_path / "sizes").read_text().split() == ["40", "1", "2", "4", "8", "1"]
+
+
+def test_refused_single_job_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless another job of the user may be the cause."""
+    put_command(tmp_path / "bin" / "squeue", f"cat {tmp_path}/queue")
+    put_command(tmp_path / "bin" / "sbatch", 'echo "Job violates accounting/QOS policy" >&2; exit 1')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    backend = SlurmBackend(Slurm(), Resources(), None)
+    for queue, error in (("17\n", SchedulerUnavailable), ("", UserError)):
+        (tmp_path / "queue").write_text(queue)
+        with pytest.raises(error) as refusal:
+            backend.submit("name", tmp_path / "jobs", [[0]], tmp_path, 1, frozenset())
+        assert refusal.type is error
 
 
 @pytest.mark.parametrize(

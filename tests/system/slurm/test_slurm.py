@@ -75,7 +75,7 @@ def test_next_array_uses_freed_parallelism(folder: Path) -> None:
 @pytest.mark.guarantee("limit on submitted jobs")
 @pytest.mark.slow
 def test_driver_waits_at_submission_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If none of our jobs is queued, the array itself is too large, and waiting does not help."""
+    """If one job is refused and none of ours is queued, waiting does not help."""
     refuse = 'echo "sbatch: error: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1'
     sbatch = shutil.which("sbatch")
     put_command(folder / "bin" / "sbatch", f'[ -z "$(squeue -h --me)" ] || {{ {refuse}; }}; exec {sbatch} "$@"')
@@ -85,7 +85,7 @@ def test_driver_waits_at_submission_limit(folder: Path, monkeypatch: pytest.Monk
         assert local.results(run(folder, SHARDS[:4], 0.3, slurm=slurm, parallel_jobs=4)) == EXPECTED[:12]
     (folder / "bin" / "sbatch").write_text(f"#!/bin/sh\n{refuse}\n")
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
-    with pytest.raises(UserError, match=r"(?s)job submit limit.*max_array_size"):
+    with pytest.raises(UserError, match=r"(?s)job submit limit.*See cluster.slurm"):
         run(folder, SHARDS)
 
 
