@@ -30,6 +30,7 @@ from tasks.tracking import start_tracking, track_iteration
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
 """Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
+_FINISHED = "finished"  # in a schedule's file, beside the totals of its flow runs
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -147,10 +148,11 @@ def run_iterations(run: Run, unapproved: Unapproved, approve: bool = False) -> N
 
 def _total_iterations(folder: Path, added: int) -> int:
     """Return the number of iterations after this flow run; recorded, so that a retry has the same."""
-    totals = read_json(folder / layout.SCHEDULE) or {}
+    totals: dict[str, int] = read_json(folder / layout.SCHEDULE) or {}
     if runtime.flow_run.id not in totals:
         finished = sum((path / layout.METRICS).exists() for path in layout.iterations(folder).values())
+        finished = max(finished, totals.get(_FINISHED, 0))  # changed settings make finished iterations unfinished
         folder.mkdir(parents=True, exist_ok=True)
-        write_json({**totals, runtime.flow_run.id: finished + added}, folder / layout.SCHEDULE)
+        write_json({**totals, _FINISHED: finished, runtime.flow_run.id: finished + added}, folder / layout.SCHEDULE)
         return finished + added
-    return int(totals[runtime.flow_run.id])
+    return totals[runtime.flow_run.id]
