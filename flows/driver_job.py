@@ -46,11 +46,14 @@ def check_driver_job(cluster: Cluster, approve: bool = False) -> None:
 
 
 def drive_by_job(folder: Path, start: Callable[[], object], command: Sequence[str], slurm: Slurm) -> None:
-    """Submit the driver of a run or a study as a Slurm job, unless it waits or runs already; return when it has finished.
+    """Submit the driver of a run or a study as a Slurm job; return when it has finished.
+
+    If an earlier flow run has submitted a driver, wait for its end first; then submit another one only if the settings of
+    this flow run leave something to do.
 
     Args:
         folder: of the run or the study.
-        start: creates or opens the folder.
+        start: creates or opens the folder, with the settings of this flow run.
         command: words after `montessori`.
         slurm: settings.
 
@@ -61,14 +64,19 @@ def drive_by_job(folder: Path, start: Callable[[], object], command: Sequence[st
     driver = driver_of(folder)
     if driver is not None and driver.job_name is not None:
         log.info("an earlier flow run or command has submitted the driver: %s", driver)
-    else:
-        start()
-        if is_finished(reopen(folder)):
-            log.info("%s is finished", folder.name)
-            return
-        driver = submit_driver(folder, command, own_database(folder), slurm)
-        log.info("the driver is Slurm job %s; its flow run has the same name as this one", driver.job)
-    log.info("log of the driver: %s", log_of_driver(folder))
+        _await_finish(folder)
+    start()
+    if is_finished(reopen(folder)):
+        log.info("%s is finished", folder.name)
+        return
+    driver = submit_driver(folder, command, own_database(folder), slurm)
+    log.info("the driver is Slurm job %s; its flow run has the same name as this one", driver.job)
+    _await_finish(folder)
+
+
+def _await_finish(folder: Path) -> None:
+    """Wait for the end of a driver's job; raise a UserError if the run is not finished then."""
+    get_run_logger().info("log of the driver: %s", log_of_driver(folder))
     _await_end(folder)
     if not is_finished(reopen(folder)):
         raise UserError(
