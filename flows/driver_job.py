@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.driver_job import check_profile, log_of_driver
+from cluster.file_systems import patiently
 from cluster.lock import driver_of, end_driver, submit_driver
 from cluster.status import stages_of
 from flows.prefect_api import is_local, own_database
@@ -78,7 +79,7 @@ def _await_finish(folder: Path) -> None:
     """Wait for the end of a driver's job; raise a UserError if the run is not finished then."""
     get_run_logger().info("log of the driver: %s", log_of_driver(folder))
     _await_end(folder)
-    if not is_finished(reopen(folder)):
+    if not patiently(lambda: is_finished(reopen(folder)), _POLL_SECONDS):
         raise UserError(
             f"the driver's job has ended before {folder.name} was finished; the reason is at the end of "
             f"{log_of_driver(folder)}. Finished work is kept: retry this flow run when the cause is removed"
@@ -92,7 +93,7 @@ def _await_end(folder: Path) -> None:
     next_look = time.monotonic() + _LOOK_SECONDS
     while running:
         try:
-            driver = driver_of(folder)
+            driver = patiently(lambda: driver_of(folder), _POLL_SECONDS)
             running = driver is not None
             current = f"the driver: {driver}" if running else "the driver has ended"
         except SchedulerUnavailable as error:
@@ -101,7 +102,7 @@ def _await_end(folder: Path) -> None:
             log.info(current)
             state = current
         if not running or time.monotonic() >= next_look:
-            begun = stages_of(folder)
+            begun = patiently(lambda: stages_of(folder), _POLL_SECONDS)
             for stage in begun[seen:]:
                 log.info("%s has begun", stage.relative_to(folder))
             seen, next_look = len(begun), time.monotonic() + _LOOK_SECONDS
