@@ -244,11 +244,12 @@ def driver_of(folder: Path) -> Driver | None:
 
     Raises:
         SchedulerUnavailable: the last driver was a job, and Slurm does not say whether it has ended.
+        OSError: a file server or mount failed, such as with a stale handle: there may be a driver.
     """
     path = folder / layout.DRIVER_LOCK
     try:
         lock = path.open()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     with lock:
         try:

@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.driver_job import check_profile, log_of_driver
+from cluster.file_systems import patiently
 from cluster.lock import driver_of, end_driver, submit_driver
 from cluster.status import stages_of
 from flows.prefect_api import is_local, own_database
@@ -46,11 +47,14 @@ def check_driver_job(cluster: Cluster, approve: bool = False) -> None:
 
 
 def drive_by_job(folder: Path, start: Callable[[], object], command: Sequence[str], slurm: Slurm) -> None:
-    """Submit the driver of a run or a study as a Slurm job, unless it waits or runs already; return when it has finished.
+    """Submit the driver of a run or a study as a Slurm job; return when it has finished.
+
+    If an earlier flow run has submitted a driver, wait for its end first; then submit another one only if the settings of
+    this flow run leave something to do.
 
     Args:
         folder: of the run or the study.
-        start: creates or opens the folder.
+        start: creates or opens the folder, with the settings of this flow run.
         command: words after `montessori`.
         slurm: settings.
 
@@ -61,16 +65,21 @@ def drive_by_job(folder: Path, start: Callable[[], object], command: Sequence[st
     driver = driver_of(folder)
     if driver is not None and driver.job_name is not None:
         log.info("an earlier flow run or command has submitted the driver: %s", driver)
-    else:
-        start()
-        if is_finished(reopen(folder)):
-            log.info("%s is finished", folder.name)
-            return
-        driver = submit_driver(folder, command, own_database(folder), slurm)
-        log.info("the driver is Slurm job %s; its flow run has the same name as this one", driver.job)
-    log.info("log of the driver: %s", log_of_driver(folder))
+        _await_finish(folder)
+    start()
+    if is_finished(reopen(folder)):
+        log.info("%s is finished", folder.name)
+        return
+    driver = submit_driver(folder, command, own_database(folder), slurm)
+    log.info("the driver is Slurm job %s; its flow run has the same name as this one", driver.job)
+    _await_finish(folder)
+
+
+def _await_finish(folder: Path) -> None:
+    """Wait for the end of a driver's job; raise a UserError if the run is not finished then."""
+    get_run_logger().info("log of the driver: %s", log_of_driver(folder))
     _await_end(folder)
-    if not is_finished(reopen(folder)):
+    if not patiently(lambda: is_finished(reopen(folder)), _POLL_SECONDS):
         raise UserError(
             f"the driver's job has ended before {folder.name} was finished; the reason is at the end of "
             f"{log_of_driver(folder)}. Finished work is kept: retry this flow run when the cause is removed"
@@ -84,7 +93,7 @@ def _await_end(folder: Path) -> None:
     next_look = time.monotonic() + _LOOK_SECONDS
     while running:
         try:
-            driver = driver_of(folder)
+            driver = patiently(lambda: driver_of(folder), _POLL_SECONDS)
             running = driver is not None
             current = f"the driver: {driver}" if running else "the driver has ended"
         except SchedulerUnavailable as error:
@@ -93,7 +102,7 @@ def _await_end(folder: Path) -> None:
             log.info(current)
             state = current
         if not running or time.monotonic() >= next_look:
-            begun = stages_of(folder)
+            begun = patiently(lambda: stages_of(folder), _POLL_SECONDS)
             for stage in begun[seen:]:
                 log.info("%s has begun", stage.relative_to(folder))
             seen, next_look = len(begun), time.monotonic() + _LOOK_SECONDS

@@ -21,6 +21,7 @@ from montessori_core import layout
 from montessori_core.config import Cluster, Experiment
 from montessori_core.errors import UserError
 from montessori_core.files import read_json, write_json
+from tasks.approval import Unapproved, needs_approval, require_approval
 from tasks.benchmarks import list_items
 from tasks.report import write_report
 from tasks.resume import refuse_command_folder
@@ -29,6 +30,7 @@ from tasks.tracking import start_tracking, track_iteration
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
 """Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
+_FINISHED = "finished"  # in a schedule's file, beside the totals of its flow runs
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -79,7 +81,8 @@ def montessori(
         experiment: models, data, sizes and machines; its name is the name of the run's folder.
         add_iterations: for schedules: iterations to add to the finished ones, regardless of experiment.iterations; with 0,
             experiment.iterations is the total.
-        approve: pause before every teacher update until a person approves the preference pairs.
+        approve: pause before every teacher update until a person approves the preference pairs. The run keeps this, also if
+            it is resumed without it.
         submit_driver: run the driver as a Slurm job (experiment.cluster.slurm.driver) that this flow run waits for.
     """
     if submit_driver:
@@ -105,7 +108,7 @@ def drive_run(experiment: Experiment, start: Callable[[], Run], approve: bool, s
         folder = (run_root() / experiment.name).resolve()
         drive_by_job(folder, start, ["resume", str(folder)], experiment.cluster.slurm)
     else:
-        run_iterations(start(), approve)
+        run_iterations(start(), "pause", approve)
 
 
 def log_warnings(warnings: list[str]) -> None:
@@ -117,34 +120,39 @@ def log_warnings(warnings: list[str]) -> None:
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)
 def experiment(run: Run) -> None:
     """Run or resume all iterations; finished work is not repeated."""
-    run_iterations(run, approve=False)
+    run_iterations(run, "refuse")
 
 
-def run_iterations(run: Run, approve: bool) -> None:
+def run_iterations(run: Run, unapproved: Unapproved, approve: bool = False) -> None:
     """Run or resume the iterations of a run, and write its report after each.
 
     Args:
         run: the run.
-        approve: whether to wait for approval before each teacher update.
+        unapproved: what to do with preference pairs that are not approved, if the run needs approval.
+        approve: let the run need it from now on.
     """
     scheduled = (run.folder / layout.SCHEDULE).exists()
     with only_driver(run.folder):
+        if approve:
+            require_approval(run)
+        check = unapproved if needs_approval(run) else None
         list_items(run)
         start_tracking(run.folder, run.experiment)
         previous: Iteration | None = None
         for number in range(1, run.experiment.iterations + 1):
             continued = scheduled or number < run.experiment.iterations  # a schedule's next flow run adds one
-            previous = iteration(run, number, previous, approve, continued)
+            previous = iteration(run, number, previous, check, continued)
             track_iteration(run.folder, run.experiment, number)
             write_report(run)
 
 
 def _total_iterations(folder: Path, added: int) -> int:
     """Return the number of iterations after this flow run; recorded, so that a retry has the same."""
-    totals = read_json(folder / layout.SCHEDULE) or {}
+    totals: dict[str, int] = read_json(folder / layout.SCHEDULE) or {}
     if runtime.flow_run.id not in totals:
         finished = sum((path / layout.METRICS).exists() for path in layout.iterations(folder).values())
+        finished = max(finished, totals.get(_FINISHED, 0))  # changed settings make finished iterations unfinished
         folder.mkdir(parents=True, exist_ok=True)
-        write_json({**totals, runtime.flow_run.id: finished + added}, folder / layout.SCHEDULE)
+        write_json({**totals, _FINISHED: finished, runtime.flow_run.id: finished + added}, folder / layout.SCHEDULE)
         return finished + added
-    return int(totals[runtime.flow_run.id])
+    return totals[runtime.flow_run.id]

@@ -22,9 +22,10 @@ from montessori_core.data.tables import INFLUENCE, name_of_table, open_parquet, 
 from montessori_core.errors import ConfigError, DataError, UserError
 from montessori_core.influence.stored_steps import estimate_from_steps
 from montessori_core.influence.table import join_influence, join_target
+from montessori_core.layout import CONFIG, DRIVER_LOCK
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
-from tasks.resume import record_command
+from tasks.resume import STUDY, command_of, record_command
 from tasks.run import stage_of
 from tasks.screening import estimate_influence
 
@@ -120,7 +121,9 @@ def _opened_store(store: Store | None) -> Iterator[None]:
         yield
         return
     folder = store.folder
-    if folder.exists() and not (folder / "stage.json").exists() and any(folder.iterdir()):
+    begun = any((folder / name).exists() for name in ("stage.json", DRIVER_LOCK))  # the lock alone: interrupted early
+    other = any((folder / name).exists() for name in (CONFIG, STUDY)) or command_of(folder) is not None
+    if folder.exists() and (other or not begun) and any(folder.iterdir()):
         raise DataError(f"--store {folder}: the folder holds something else; give another one")
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):

@@ -8,6 +8,7 @@ from flows.methods.tailoring import ProbingSet, measure_training_set, tailor, wr
 from flows.teacher_checkpoints import evaluate_checkpoints
 from montessori_core import layout
 from montessori_core.program import Row
+from tasks.approval import Unapproved
 from tasks.benchmarks import check_contamination, compare_answers
 from tasks.evaluation import StudentEvaluation, evaluate
 from tasks.metrics import IterationBenchmarks, IterationFiles, write_metrics
@@ -48,14 +49,16 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> StudentEvaluation:
 
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
-def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, continued: bool) -> Iteration:
+def iteration(
+    run: Run, number: int, previous: Iteration | None, unapproved: Unapproved | None, continued: bool
+) -> Iteration:
     """Tailor the teacher to the student, and train the student on the updated teacher's data.
 
     Args:
         run: the run.
         number: index of the iteration, from 1.
         previous: results of the last iteration; None in the first.
-        approve: whether to wait for approval before the teacher update.
+        unapproved: what to do with preference pairs that are not approved; None: they need no approval.
         continued: whether a later iteration starts from the student.
     """
     experiment, step = run.experiment, Step.iteration(run, number)
@@ -66,7 +69,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         previous.teacher if previous else run.initial_teacher(),
         previous.student if previous else None,
         pool,
-        approve,
+        unapproved,
     )
     examples = tailored.training.examples
     trained = train_on_set(step, examples, save_moments=continued)

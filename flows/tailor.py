@@ -41,7 +41,8 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
     Args:
         tailored: models, data, size and machines. The Description of this deployment links to the forms with every setting
             that are deployed, too.
-        approve: pause before every teacher update until a person approves the preference pairs.
+        approve: pause before every teacher update until a person approves the preference pairs. The run keeps this, also if
+            it is resumed without it.
         submit_driver: run the driver as a Slurm job (slurm.driver in the file of the cluster) that this flow run waits for.
     """
     experiment = tailored.experiment()

@@ -6,6 +6,7 @@
       models.json              commits of models of the Hugging Face hub
       data_sets.json           licence, where one is stated, and commit on the hub of each set in sources/
       schedule.json            iterations of the flow runs that a schedule of Prefect started
+      approval.json            the run needs approval of its preference pairs, however it is resumed
       driver.lock              who drives the run: a process, or a Slurm job
       driver.sh, driver.log    script and log of drivers that run as Slurm jobs; prefect.db is
                                the database of their temporary Prefect servers
@@ -40,6 +41,7 @@ PROVENANCE = "provenance.json"
 MODEL_COMMITS = "models.json"
 ORIGINS = "data_sets.json"
 SCHEDULE = "schedule.json"
+APPROVAL = "approval.json"
 DRIVER_LOCK = "driver.lock"
 DRIVER_SCRIPT = "driver.sh"
 DRIVER_LOG = "driver.log"

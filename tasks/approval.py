@@ -1,8 +1,12 @@
-"""Pause a run before the teacher update until a person approves the preference pairs."""
+"""Approval of preference pairs: a person reads them before they update the teacher.
 
+A flow run started from Prefect requires it; the run then keeps the requirement, however it is resumed.
+"""
+
+import os
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from prefect.exceptions import FlowPauseTimeout
@@ -10,15 +14,19 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
+from cluster.backends.sbatch import DRIVER_JOB
 from montessori_core import layout
 from montessori_core.data.tables import INFLUENCE, PREFERENCES, read_table
 from montessori_core.errors import UserError
 from montessori_core.export.markdown import escape
-from montessori_core.files import hash_path, read_json, write_json
+from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import describe_influence, domination_warning, summarize_influence
+from tasks.resume import resume_command
 from tasks.run import Run
 
+Unapproved = Literal["pause", "refuse"]
+"""What a driver does with pairs that are not approved: pause until a person answers in Prefect, or end with an error."""
 _WEEK = 7 * 24 * 3600  # seconds
 _PAIRS_SHOWN = 8
 _WIDTH = 200  # characters of an instruction shown
@@ -30,16 +38,71 @@ class Approval(RunInput):
     update_the_teacher: bool = Field(True, description="Choose no to end the run here. Finished stages are kept.")
 
 
-def approve_update(run: Run, number: int, influence: Path, preferences: Path) -> None:
-    """Pause the flow run until these pairs are approved; return at once if they already are.
+def require_approval(run: Run) -> None:
+    """Let every teacher update of a run need approval, also by drivers that resume it."""
+    write_json({"required": True}, run.folder / layout.APPROVAL)
+
+
+def needs_approval(run: Run) -> bool:
+    """Return whether a flow run has required approval of this run's pairs."""
+    return (run.folder / layout.APPROVAL).exists()
+
+
+def approve_pairs(run: Run) -> Path:
+    """Approve the pairs at which the run has stopped, the first that are not approved; return their file.
 
     Raises:
-        UserError: the update was not approved, or nobody answered.
+        UserError: no pairs wait for approval.
     """
-    record, pairs = run.iteration(number) / "approved.json", hash_path(preferences)
-    if (read_json(record) or {}).get("preferences") == pairs:
+    for number, folder in layout.iterations(run.folder).items():
+        preferences = folder / layout.PREFERENCES
+        if preferences.exists() and not _is_approved(run, number, preferences):
+            _record(run, number, preferences)
+            return preferences
+    raise UserError(f"{run.folder}: no preference pairs wait for approval; resume the run without --approve-pairs")
+
+
+def check_approval(run: Run, number: int, influence: Path, preferences: Path, unapproved: Unapproved) -> None:
+    """Return when these pairs are approved.
+
+    Raises:
+        UserError: they are not, or nobody answered.
+    """
+    if _is_approved(run, number, preferences):
         return
     summary = _summary(run, number, influence, preferences)
+    if unapproved == "pause":
+        _ask(number, summary)
+        _record(run, number, preferences)
+        return
+    with commit(page := run.iteration(number) / "approval.md") as temporary:
+        temporary.write_text(summary, encoding="utf-8")
+    options = " --approve-pairs" + (" --submit-driver" if DRIVER_JOB in os.environ else "")
+    raise UserError(
+        f"iteration {number}: this run needs approval of its preference pairs, and nobody has approved them. Read {page}; to "
+        f"approve them: {resume_command(run.folder, options)}. Or start the run from Prefect again, which asks there"
+    )
+
+
+def _is_approved(run: Run, number: int, preferences: Path) -> bool:
+    approved = read_json(_record_of(run, number)) or {}
+    return bool(approved.get("preferences") == hash_path(preferences))
+
+
+def _record(run: Run, number: int, preferences: Path) -> None:
+    write_json({"preferences": hash_path(preferences)}, _record_of(run, number))
+
+
+def _record_of(run: Run, number: int) -> Path:
+    return run.iteration(number) / "approved.json"
+
+
+def _ask(number: int, summary: str) -> None:
+    """Pause the flow run until a person answers in Prefect.
+
+    Raises:
+        UserError: the answer is no, or nobody answered.
+    """
     try:
         answer: Any = pause_flow_run(
             wait_for_input=Approval.with_initial_data(description=summary), timeout=_WEEK, key=layout.iteration(number)
@@ -54,7 +117,6 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
             f"iteration {number}: the teacher update was not approved. Start this run again to be asked again, "
             "with other settings in preferences if needed; to change influence, use a new run name"
         )
-    write_json({"preferences": pairs}, record)
 
 
 def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:

@@ -114,12 +114,14 @@ def preview_run(experiment: Experiment, root: Path) -> Iterator[tuple[Run, list[
 def _end_abandoned(root: Path, cluster: Cluster) -> None:
     """End the jobs of killed previews; remove the folders of previews that ended long ago."""
     for folder in root.glob(f"{_PREFIX}*"):
-        if not folder.is_dir() or folder.is_symlink() or driver_of(folder) is not None:
+        if not folder.is_dir() or folder.is_symlink():
             continue
         try:
+            if driver_of(folder) is not None:
+                continue
             refuse_other_owner(folder / _RUN)
             cancel_jobs(folder, cluster)
-        except (UserError, FileNotFoundError) as error:  # the latter: another preview removes it
+        except (UserError, OSError) as error:  # the latter: another preview removes it, or its lock cannot be read
             log.warning("%s is left: %s", folder, error)
             continue
         if time.time() - folder.stat().st_mtime > _ABANDONED:

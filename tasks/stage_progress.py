@@ -115,6 +115,7 @@ class ShardGroup:
         self._done_before: int | None = None
         self._done = 0
         self._failures: list[ShardFailure] = []
+        self._announced: set[int] = set()
         self._ended = threading.Event()
 
     def update(self, progress: Progress) -> bool:
@@ -146,6 +147,7 @@ class ShardGroup:
             ended = self._ended.wait(_LOG_PAUSE if self._logs.forward else _UI_PAUSE)
             for line in self._logs.new_lines() if self._done_before != len(self._indices) else []:
                 logger.info(line)
+            self._announce_failures()
         before, shards = self._done_before or 0, len(self._indices)
         counts = {
             "shards": f"{self._indices[0]} to {self._indices[-1]}",
@@ -156,22 +158,26 @@ class ShardGroup:
         }
         _publish(lambda: create_table_artifact([counts], description=f"{self.name}: shards of {self._stage.folder}"))
         if self._failures:
-            table = [
-                {"shard": f.shard, "class": f.kind, "error": f.error, "log": f.log}
-                for f in self._failures[:_FAILURES_SHOWN]
-            ]
+            table = [_describe_failure(failure) for failure in self._failures[:_FAILURES_SHOWN]]
             _publish(lambda: create_table_artifact(table, description=f"{self.name}: failed shards"))
-            stage = f"montessori.stage.{self._stage.folder}"
-            for row in table:
-                emit_event(
-                    SHARD_FAILED, {"prefect.resource.id": stage, "prefect.resource.name": self.name}, payload=row
-                )
             for failure in self._failures[:5]:
                 logger.error("shard %d (%s): %s\nlog: %s", failure.shard, failure.kind, failure.error, failure.log)
             raise ShardsFailed(self._stage, self._failures, shards)
         if self._done < shards:
             raise UserError(f"{self.name}: interrupted; {self._done} of {shards} shards are done and kept")
         return [self._read(self._stage.part(index)) for index in self._indices]
+
+    def _announce_failures(self) -> None:
+        """Emit an event for each failure that has none yet; for a hundred of the group at most."""
+        stage = {"prefect.resource.id": f"montessori.stage.{self._stage.folder}", "prefect.resource.name": self.name}
+        for failure in self._failures:
+            if failure.shard not in self._announced and len(self._announced) < _FAILURES_SHOWN:
+                self._announced.add(failure.shard)
+                emit_event(SHARD_FAILED, stage, payload=_describe_failure(failure))
+
+
+def _describe_failure(failure: ShardFailure) -> dict[str, Any]:
+    return {"shard": failure.shard, "class": failure.kind, "error": failure.error, "log": failure.log}
 
 
 def _publish(create: Callable[[], Any]) -> Any:

@@ -34,7 +34,8 @@ def compare(
     from montessori_core.config import read_study
     from montessori_core.presets import find_configuration
 
-    if study.name == STUDY and (seeds := sorted(study.resolve().parent.glob("seed-*"))):  # a study that has begun
+    seeds = sorted(study.resolve().parent.glob("seed-*")) if study.name == STUDY else []
+    if seeds:  # a study that has begun
         study, run_root = study.resolve(), run_root.resolve()
         cluster = cluster and find_configuration(cluster, "clusters").resolve()
         enter_directory(seeds[0])
@@ -43,6 +44,8 @@ def compare(
     if as_job:
         check_driver_job(settings.experiment)
     folder = run_root / settings.name
+    if seeds and run_root == study.parent.parent and settings.name == read_study(study).name:
+        folder = study.parent  # it may have been copied or renamed
     seeded, warnings = open_study(settings, folder)
     warn(warnings)
     if not stages_of(folder):

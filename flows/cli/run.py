@@ -46,7 +46,13 @@ def run(
     drive_run(opened, as_job)
 
 
-def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
+def resume(
+    run_dir: RunFolder,
+    as_job: SubmitDriver = False,
+    approve: Annotated[
+        bool, typer.Option("--approve-pairs", help="Approve the preference pairs at which the run has stopped.")
+    ] = False,
+) -> None:
     """Resume a run after an interruption, a crash or a fixed error.
 
     Work of other commands is resumed by the command that started it; resume names it.
@@ -56,6 +62,11 @@ def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
         check_driver_job(reopened.experiment)
     opened, warnings = open_run(reopened.experiment, reopened.folder)
     warn(warnings)
+    if approve:
+        from tasks.approval import approve_pairs
+
+        with no_driver(opened.folder):
+            console.print(f"approved: {approve_pairs(opened)}", soft_wrap=True)
     drive_run(opened, as_job)
 
 

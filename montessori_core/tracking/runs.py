@@ -1,11 +1,12 @@
 """Runs of experiment trackers: their names and ids, and what has been logged to them.
 
-The folder `tracking` of a run has `tracking.json` (trackers and id), a state file for each tracked run, and `problems.json`
-(what each tracker could not do). Servers and keys come from the environment alone: no file has them.
+The folder `tracking` of a run has `tracking.json` (trackers, id, and the run's folder), a state file for each tracked
+run, and `problems.json` (what each tracker could not do). Servers and keys come from the environment alone: no file has them.
 """
 
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.errors import DataError
-from montessori_core.files import hash_json, read_json, write_json
+from montessori_core.files import hash_json, is_copy, read_json, write_json
 from montessori_core.layout import TRACKING
 
 ITERATIONS = "iterations"
 """The part of a run that has the numbers of its iterations."""
+_STATE = "state"
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
 _SHORTEST_SECRET = 6  # characters: shorter values would remove words from messages
 
@@ -59,7 +61,7 @@ class TrackedRun:
     @property
     def state(self) -> Path:
         """The file that says what has been logged: a mapping for each tracker."""
-        return self.folder / "state" / f"{self.part.replace('/', '--')}.json"
+        return self.folder / _STATE / f"{self.part.replace('/', '--')}.json"
 
     def read_state(self, tracker: str) -> dict[str, Any]:
         """Return what has been logged to a tracker."""
@@ -76,6 +78,8 @@ class TrackedRun:
 def prepare_tracking(folder: Path, name: str, trackers: Sequence[str]) -> Path:
     """Write the file `tracking.json` of a run, whose id stays the same; return its path.
 
+    A copy of a run gets an id of its own: trackers would write its numbers over those of the original.
+
     Args:
         folder: folder of the run.
         name: of the run.
@@ -83,8 +87,16 @@ def prepare_tracking(folder: Path, name: str, trackers: Sequence[str]) -> Path:
     """
     file = folder / TRACKING / "tracking.json"
     before = read_json(file) or {}
+    if is_copy(folder, before.get("folder")):
+        before = {}
+        shutil.rmtree(file.with_name(_STATE), ignore_errors=True)  # of the original's tracked runs
     id = before.get("id") or uuid.uuid4().hex
-    content = {"id": id, "group": before.get("group") or f"{name}-{id[:6]}", "trackers": list(trackers)}
+    content = {
+        "id": id,
+        "group": before.get("group") or f"{name}-{id[:6]}",
+        "trackers": list(trackers),
+        "folder": str(folder.resolve()),
+    }
     if content != before:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(content, file)

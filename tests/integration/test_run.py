@@ -36,7 +36,7 @@ from support.judges import QUESTIONS, Judge, judged
 from support.reports import Page
 from support.runs import call, configuration, digests, finish_lean, invoke
 from support.squares import key_of
-from tasks.approval import approve_update
+from tasks.approval import check_approval
 from tasks.run import Run, open_run, reopen_run
 
 
@@ -355,7 +355,7 @@ def test_unanswered_approval_says_what_to_do(undisturbed: Path, monkeypatch: pyt
     run = reopen_run(undisturbed / "runs" / "tiny")
     folder = run.iteration(1)
     with pytest.raises(UserError, match="iteration 1: nobody has approved .* Retry this run to be asked again"):
-        approve_update(run, 1, folder / "influence.parquet", folder / "preferences.parquet")
+        check_approval(run, 1, folder / "influence.parquet", folder / "preferences.parquet", "pause")
     assert not (folder / "approved.json").exists()
 
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from cluster.lock import only_driver
+from montessori_core.config import Cluster
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.models.load import load_model
 from montessori_core.training.moments import Moments, save_moments
 from support import ROOT
 from support.runs import invoke
+from tasks.resume import record_command
 
 WORDS = ("round", "flat", "heavy", "green", "new")
 EXAMPLES = [
@@ -115,6 +118,25 @@ def test_store_of_something_else_is_refused(measure: Measuring, tiny_llama: Path
     assert {path: path.read_bytes() for path in (measure.folder / "store").glob("*.*")} == content
     code, output = measure("one", *options, store=".")
     assert (code, "the folder holds something else" in output) == (1, True), output
+
+
+def test_interrupted_start_leaves_a_store_that_continues(measure: Measuring) -> None:
+    """A run, a study and other work have a lock, too: they are no store."""
+    store = measure.folder / "store"
+    store.mkdir()
+    with only_driver(store):
+        pass
+    assert [path.name for path in store.iterdir()] == ["driver.lock"]
+    for other in ("config.yaml", "study.yaml", "command.json"):
+        if other == "command.json":
+            record_command(store, ["train"], "model", store / "result", Cluster())
+        else:
+            (store / other).touch()
+        code, output = measure("one", "--estimator", "first_order", "--store-numbers", "256")
+        assert (code, "the folder holds something else" in output) == (1, True), output
+        (store / other).unlink()
+    code, output = measure("one", "--estimator", "first_order", "--store-numbers", "256")
+    assert code == 0, output
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.lock import only_driver
 from cluster.usage import use_of
 from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
@@ -58,6 +59,7 @@ from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean, invoke
 from support.studies import conversations, environment_of, write_study
 from support.templates import TRIMMING
+from tasks.resume import command_to_compare
 from tasks.run import reopen_run
 from tasks.stage import Step
 from tasks.studies import is_finished, reopen
@@ -281,6 +283,26 @@ def test_begun_study_takes_a_cluster_of_the_users_directory(tiny_llama: Path, tm
         code, output = invoke(*command, cwd=elsewhere)
         assert code == 1, cluster
         assert f"cluster.profile is {profile}" in output  # the check comes after all files are read
+
+
+def test_renamed_study_resumes_in_its_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    """With another name or --run-root, the command begins another study."""
+    path, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    path.write_text(yaml.safe_dump({"experiment": configuration(tmp_path, tiny_llama).name, "name": "first"}))
+    with chdir(tmp_path):
+        open_study(read_study(path, ("seeds=[1]",)), runs / "first")
+    renamed = (runs / "first").rename(runs / "second")
+    begun = (renamed / "study.yaml").read_text()
+    for options, folder in (
+        ([], renamed),
+        (["--set", "name=third"], runs / "third"),
+        (["--run-root", str(tmp_path / "other")], tmp_path / "other" / "first"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "study.yaml").write_text(begun)  # so that the lock is taken first
+        with only_driver(folder):
+            code, output = invoke(*command_to_compare(renamed), *options, cwd=tmp_path)
+        assert (code, f"{folder}: this run already has a driver" in output) == (1, True), output
 
 
 def test_refused_study_leaves_no_new_seeds(tiny_llama: Path, tmp_path: Path) -> None:

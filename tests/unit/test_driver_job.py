@@ -15,13 +15,14 @@ from typing import ClassVar
 
 import pytest
 import yaml
+from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED, temporary_settings
 
 from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
 from cluster.driver_job import _requeue, script_of
 from cluster.lock import Driver, _interrupt, _write, driver_of, only_driver
 from flows.cli.interrupt import _open_api
-from flows.driver_job import check_driver_job
+from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import montessori
 from montessori_core.config import Cluster, Slurm, parse, read_experiment
 from montessori_core.config.slurm import DriverJob
@@ -29,6 +30,7 @@ from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
 from support.runs import call, configuration, invoke
 from support.slurm_lab import put_command
+from tasks.run import open_run, reopen_run
 
 SLURM = Slurm(
     partition="gpu", account="project", qos="normal", driver=DriverJob(partition="cpu", setup=("module load x",))
@@ -232,3 +234,54 @@ def test_copied_run_lacks_the_original_driver(tmp_path: Path, monkeypatch: pytes
         pass
     assert driver_of(run) is not None
     assert driver_of(run.rename(tmp_path / "moved")) is not None
+
+
+def driven_by_job(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a run of one iteration whose driver's job is in the queue, and has left it when squeue is asked again.
+
+    sbatch, for the next driver, writes the files of two finished iterations.
+    """
+    run = open_run(read_experiment(configuration(folder, model)), folder / "run")[0].folder
+    with (run / "driver.lock").open("a+") as lock:
+        _write(lock, Driver(job="17", job_name="montessori-driver-1"))
+    (folder / "queued").touch()
+    put_command(
+        folder / "bin" / "squeue", f'[ -e {folder}/queued ] && rm {folder}/queued && echo "17|RUNNING|n1"; true'
+    )
+    finish = f"cd {run} && mkdir -p iteration-1 iteration-2 && touch report.html iteration-1/metrics.json"
+    put_command(folder / "bin" / "sbatch", f"{finish} iteration-2/metrics.json ../submitted; echo 18")
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    return run
+
+
+def drive(run: Path, iterations: int) -> None:
+    """Drive a run by a job with this number of iterations, as a flow run does."""
+    experiment = reopen_run(run).experiment.model_copy(update={"iterations": iterations})
+    with disable_run_logger():
+        drive_by_job(run, lambda: open_run(experiment, run), ["resume", str(run)], SLURM)
+
+
+def test_flow_run_applies_settings_after_an_earlier_driver(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's job was submitted for fewer iterations."""
+    run = driven_by_job(tmp_path, tiny_llama, monkeypatch)
+    (run / "iteration-1").mkdir()
+    for name in ("iteration-1/metrics.json", "report.html"):
+        (run / name).touch()
+    drive(run, 2)
+    assert reopen_run(run).experiment.iterations == 2
+    assert (tmp_path / "submitted").exists()
+    (tmp_path / "submitted").unlink()
+    drive(run, 2)
+    assert not (tmp_path / "submitted").exists()  # finished
+
+
+def test_flow_run_submits_no_driver_after_a_failed_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user may have cancelled it."""
+    run = driven_by_job(tmp_path, tiny_llama, monkeypatch)
+    with pytest.raises(UserError, match="the driver's job has ended before run was finished"):
+        drive(run, 2)
+    assert not (tmp_path / "submitted").exists()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from montessori_core.config import parse_experiment, read_experiment
 from montessori_core.errors import ConfigError, UserError
+from montessori_core.files import read_json, write_json
 from montessori_core.tracking.numbers import log_numbers, numbers_of
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, describe, new_problems, prepare_tracking
 from montessori_core.tracking.trackers import check_trackers
@@ -58,6 +60,25 @@ def test_id_and_name_stay_the_same(tmp_path: Path) -> None:
     assert first.name.startswith("mine-")
     assert TrackedRun.of(file, ITERATIONS).id != first.id
     assert prepare_tracking(tmp_path / "other", "mine", []).read_text() != file.read_text()
+
+
+def test_copy_of_run_has_an_id_of_its_own(tmp_path: Path) -> None:
+    """A moved run keeps its id, also one of an earlier version, whose file does not name its folder."""
+    run, file = tmp_path / "run", Path("tracking", "tracking.json")
+    original = TrackedRun.of(prepare_tracking(run, "mine", ["mlflow"]), ITERATIONS)
+    original.update_state("mlflow", run="17")
+    copied = TrackedRun.of(prepare_tracking(shutil.copytree(run, tmp_path / "copy"), "mine", ["mlflow"]), ITERATIONS)
+    assert (copied.id == original.id, copied.group == original.group, copied.read_state("mlflow")) == (False, False, {})
+    assert TrackedRun.of(prepare_tracking(tmp_path / "copy", "mine", ["mlflow"]), ITERATIONS) == copied
+    moved = run.rename(tmp_path / "moved")
+    kept = TrackedRun.of(prepare_tracking(moved, "mine", ["mlflow"]), ITERATIONS)
+    assert (kept.id, kept.read_state("mlflow")) == (original.id, {"run": "17"})
+    content = read_json(moved / file)
+    del content["folder"]
+    write_json(content, moved / file)
+    assert TrackedRun.of(prepare_tracking(moved, "mine", ["mlflow"]), ITERATIONS).id == original.id
+    copy = shutil.copytree(moved, tmp_path / "copy-2")
+    assert TrackedRun.of(prepare_tracking(copy, "mine", ["mlflow"]), ITERATIONS).id != original.id
 
 
 def test_errors_are_shown_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
