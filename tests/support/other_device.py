@@ -1,4 +1,4 @@
-"""A device beside the CPU, for machines without a GPU: its tensors are computed on the CPU, but may not be mixed with the CPU's.
+"""A device beside the CPU, for machines without a GPU: its tensors are computed on the CPU, but not together with the CPU's.
 
 Code that forgets to move a tensor thus fails as on a GPU. It has no autocast and no kernels of its own, and tensors that are
 created by other means than operations of torch must be moved to it. Importing this module registers the device until the
@@ -119,5 +119,9 @@ _LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
 def other_device() -> Iterator[torch.device]:
     """Return the device, which can be used in this context."""
     generator = torch.Generator
-    with _Everywhere(), mock.patch.object(torch, "Generator", lambda device=_CPU: generator()):
+
+    def on_cpu(device: Any = None) -> torch.Generator:
+        return generator()
+
+    with _Everywhere(), mock.patch.object(torch, "Generator", on_cpu):
         yield torch.device(NAME, 0)
