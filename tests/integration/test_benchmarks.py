@@ -302,8 +302,15 @@ def test_seed_scores_are_averaged_in_order() -> None:
     ]
     seeds[0].append(score("c", "acc", 0.5, 1.0, 9))  # that of the other seed was not finite
     first, second = mean_over_seeds(seeds)
-    assert first == score("a", "acc", 0.3, 2.5, 9, unparsed=2)
+    assert first == score("a", "acc", 0.3, 3.5, 9, unparsed=2)
     assert second["mean"] is None
+
+
+def test_seeds_with_equal_answers_share_their_error() -> None:
+    """All seeds answer the same items: more seeds are not more items."""
+    seed = [score("a", "acc", 0.25, 0.02, 500)]
+    [averaged] = mean_over_seeds([seed] * 5)
+    assert averaged["standard_error"] == pytest.approx(0.02)
 
 
 @pytest.mark.slow
