@@ -19,7 +19,7 @@ from montessori_core.errors import ConfigError, DataError
 from montessori_core.evaluation import harness
 from montessori_core.evaluation.harness import open_harness, open_items
 from montessori_core.evaluation.scores import item_scores, mean_over_seeds, score
-from montessori_core.files import read_json
+from montessori_core.files import read_json, write_json
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import Harness, NoSettings
@@ -370,6 +370,32 @@ def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talkin
     assert scores["alpaca_eval_published", "win_rate"] == 0.5  # each order prefers its first answer
     assert scores["mt_bench_published", "score"] == 6.0
     assert not {"alpaca_eval", "mt_bench"} & {benchmark for benchmark, _ in scores}
+
+
+@pytest.mark.slow
+def test_second_turn_without_room_has_an_empty_answer(judge: Judge, tiny_llama: Path, tmp_path: Path) -> None:
+    """The model does not end its first answers, which so fill its positions."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    settings = read_json(model / "config.json")
+    write_json(settings | {"max_position_embeddings": 200}, model / "config.json")
+    content = yaml.safe_load(configuration(tmp_path, model).read_text())
+    sections = judged(judge, tmp_path)
+    sections["benchmarks"] |= {"answers": {"max_tokens": 400, "presence_penalty": 0.0}, "alpaca_eval": None}
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(yaml.safe_dump(content | sections | {"student": content["student"] | {"max_length": 200}}))
+    code, output = call(
+        *("evaluate", str(model), "--config", str(config), "--name", "mine"),
+        cwd=tmp_path,
+        OPENAI_API_KEY=KEY,
+        MONTESSORI_CACHE=str(tmp_path / "cache"),
+        PREFECT_HOME=str(tmp_path / "home"),
+    )
+    assert code == 0, output
+    assert "turn 2: 1 of 1 outputs are empty, because their prompts fill the model's positions" in " ".join(
+        output.split()
+    )
+    graded = read_table(tmp_path / "runs" / "mine" / "evaluation-benchmarks" / "mt-bench.parquet", MT_BENCH)
+    assert graded["score"].to_pylist() == [7.0, 4.0] * 2
 
 
 def test_unusable_options_are_refused_before_computing(judge: Judge, talking_llama: Path, tmp_path: Path) -> None:
