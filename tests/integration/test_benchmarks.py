@@ -194,6 +194,34 @@ def test_chat_prompts_have_text_and_fixed_date(
 
 
 @pytest.mark.parametrize(
+    ("check", "begins"),
+    [
+        ("", ["system", "user"]),
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}", ["user"]),
+    ],
+    ids=["system turn", "no system turn"],
+)
+def test_chat_prompts_have_demonstrations_as_turns(
+    check: str, begins: list[str], tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
+) -> None:
+    """After the task's description, which a template without a system turn has before the first question."""
+    shutil.copytree(tasks, tmp_path / "tasks")
+    described = yaml.safe_load((tasks / "own_sums.yaml").read_text()) | {"description": "Add the numbers."}
+    (tmp_path / "tasks" / "own_sums.yaml").write_text(yaml.safe_dump(described))
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    template = CHAT.replace("{{ CONTENT }}", "{{ m['content'] }}").replace("DATE", "")
+    (model / "chat_template.jinja").write_text(check + template)
+    row = {"benchmark": "own_sums", "task": "own_sums", "item": 5, "shots": 2}
+    program = open_harness(Harness(batch_size=1, chat_template=True), {"model": model, "tasks": tmp_path / "tasks"})
+    as_compute(program)([row], tmp_path / "scores.parquet", print)
+    prompt = load_tokenizer(str(tiny_llama)).decode(read["model"][0])
+    roles = re.findall(r"<\|im_start\|>(\w+)", prompt)
+    assert roles == [*begins, "assistant", "user", "assistant", "user", "assistant"]
+    assert prompt.count("Add the numbers.") == 1
+    assert prompt.index("Add the numbers.") < prompt.index(" plus ")
+
+
+@pytest.mark.parametrize(
     ("written", "answer"),
     [("<think>7\nor 8?</think>\n9\n10", "9"), ("<think>7\nor 8?", ""), ("9\n10", "9")],
     ids=["finished thinking", "cut thinking", "no thinking"],
