@@ -165,7 +165,8 @@ class Sizes:
         response = min(_RESPONSE_SHARE * synthesis.response.max_tokens, _LONGEST_RESPONSE)
 
         def tokens(tasks: Sequence[Task]) -> float:
-            characters = (len(task.request) + len(task.response) for task in tasks)
+            texts = ([*(turn["content"] for turn in task.before), task.instruction, task.response] for task in tasks)
+            characters = (sum(map(len, parts)) for parts in texts)
             return sum(min(longest, _TAGS + count / _CHARACTERS_PER_TOKEN) for count in characters)
 
         return Sizes(

@@ -286,4 +286,4 @@ MT_BENCH_JUDGE = Program(
 BENCHMARK_ITEMS = Program(
     "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, rows.BenchmarkRow, "evaluation"
 )
-HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, rows.ItemRow, "evaluation")
+HARNESS = Program("harness", 2, f"{_CORE}.evaluation.harness:open_harness", Harness, rows.ItemRow, "evaluation")

@@ -103,7 +103,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
 
 
 def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Return benchmark scores by method (Tables 1 and 2): mean over seeds, standard error over items."""
+    """Return benchmark scores by method (Tables 1 and 2): means over seeds, see `mean_over_seeds`."""
     scores_by_method = [
         {
             f"{score_name(entry['benchmark'])}: {entry['metric'].replace('_', ' ')}": entry
@@ -118,7 +118,7 @@ def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
         [row["method"], *(_score_text(scores.get(name)) for name in names)]
         for row, scores in zip(rows, scores_by_method, strict=True)
     ]
-    return Table("Benchmarks, means over the seeds ± standard error over items", ["Method", *names], lines)
+    return Table("Benchmarks, means over the seeds ± standard error of a seed over items", ["Method", *names], lines)
 
 
 def _score_text(score: dict[str, Any] | None) -> str:

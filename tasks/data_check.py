@@ -52,7 +52,7 @@ class DataCheck:
         truncated: rows longer than the student's maximum, whose end is cut; None without a model.
         without_response: rows whose response lies beyond it; None without a model.
         near_duplicates: instructions that are nearly those of another row, and such a pair of instructions; of a
-            conversation, all turns before its last answer count.
+            conversation, all turns before its last answer count, except a system turn.
         languages: number of rows by the language of their turns before the response; None where it cannot be told.
         first: the first rows, in parts.
     """

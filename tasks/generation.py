@@ -9,7 +9,7 @@ from montessori_core.data.tables import GENERATION, read_table
 from montessori_core.program import Row
 from montessori_core.programs import Form
 from tasks.run import ApiModel, Model
-from tasks.stage import Step
+from tasks.stage import Step, warn
 
 
 def generate(
@@ -33,7 +33,16 @@ def generate(
             programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": model}, upstream=upstream
         )
     generated = read_table(parts, GENERATION).to_pylist()
-    return (_without_cut_thinking(generated) if isinstance(model, ApiModel) else generated), parts
+    if isinstance(model, ApiModel):
+        return _without_cut_thinking(generated), parts
+    if full := sum(row["finish_reason"] == "length" and not row["tokens"] for row in generated):
+        warn(
+            step.label,
+            f"{full} of {len(generated)} outputs are empty, because their prompts fill the model's positions; use a model "
+            "with more, or shorten the prompts: synthesis.seed_demonstrations and, for the second turn of MT-Bench, "
+            "benchmarks.answers.max_tokens",
+        )
+    return generated, parts
 
 
 def _without_cut_thinking(generated: list[Row]) -> list[Row]:

@@ -171,6 +171,10 @@ def _turn(turn: Any, field: str, format: DataFormat, where: str) -> Turn:
             "read, remove the row",
             "a turn of another role",
         )
+    for calls in ("tool_calls", "function_call"):
+        if turn.get(calls):  # without the call, the student would learn to announce it and end its turn
+            problem = f"field '{field}.{calls}': the assistant calls tools, which is not read; remove the row"
+            raise RowError(where, problem, f"a turn with {calls}")
     name = f"{field}.{text_key}"
     text = _text(_joined_parts(turn[text_key], name, where), name, where)
     return Turn(role, text, name, role != "assistant" or _carries_loss(turn.get("weight"), f"{field}.weight", where))

@@ -68,8 +68,9 @@ class Task:
 
     @property
     def request(self) -> str:
-        """All texts before the response: the instruction; of a conversation, all turns up to it."""
-        return "\n\n".join([*(turn["content"] for turn in self.before), self.instruction])
+        """What is asked: the instruction; of a conversation, all turns up to it except a system turn, which many share."""
+        spoken = (turn["content"] for turn in self.before if turn["role"] != "system")
+        return "\n\n".join([*spoken, self.instruction])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
+from montessori_core.models.chat import without_system
 from montessori_core.models.control_tokens import encode_plain, split_generated
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
 from montessori_core.models.rendering import dated_template, end_tokens, turn_content
@@ -102,7 +103,8 @@ def _open_chat_model(path: str, settings: programs.Harness) -> Any:
 
     class ChatModel(HFLM):  # type: ignore[misc]
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            turns = [turn | {"content": turn_content(tokenizer, turn["content"])} for turn in chat_history]
+            turns = without_system(tokenizer, chat_history)  # the harness would drop its text
+            turns = [turn | {"content": turn_content(tokenizer, turn["content"])} for turn in turns]
             return str(super().apply_chat_template(turns, add_generation_prompt))
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
@@ -217,6 +219,7 @@ def _score(
         samples=items_by_task,
         bootstrap_iters=0,
         apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,  # as the harness's command line does
     )
     for name, samples in results["samples"].items():
         higher, aggregations = results["higher_is_better"][name], tasks[name].aggregation()

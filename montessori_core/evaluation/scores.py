@@ -85,7 +85,10 @@ def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
 
 
 def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
-    """Average the scores of runs that differ only in their seed; errors combine as if the items were independent.
+    """Average the scores of runs that differ only in their seed, and their standard errors.
+
+    All seeds answer the same items, so more seeds are not more items: the standard error over items of the mean is at most
+    the mean of the seeds' errors, and equals it if all seeds give the same answers.
 
     Unparsed judgements are counted over all seeds. A score that a seed lacks, because it was not finite, is left out.
 
@@ -98,11 +101,9 @@ def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
         if not all(name in scores for scores in named):
             continue
         scores = [scores[name] for scores in named]
-        means, errors = ([row[name] for row in scores] for name in ("mean", "standard_error"))
-        mean = None if None in means else sum(means) / len(means)
-        error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
-        unparsed = sum(row["unparsed"] for row in scores)
-        averages.append(scores[0] | {"mean": mean, "standard_error": error, "unparsed": unparsed})
+        columns = {key: [row[key] for row in scores] for key in ("mean", "standard_error")}
+        means = {key: None if None in values else sum(values) / len(values) for key, values in columns.items()}
+        averages.append(scores[0] | means | {"unparsed": sum(row["unparsed"] for row in scores)})
     return averages
 
 

@@ -80,7 +80,7 @@ def encode_example(
             conversation, or leaves out the thinking of the response.
     """
     earlier = [{"role": turn["role"], "content": turn["content"]} for turn in before]
-    turns = _without_system(tokenizer, [*earlier, *turns_of(instruction, response)])
+    turns = without_system(tokenizer, [*earlier, *turns_of(instruction, response)])
     prompt = render_turns(tokenizer, turns[:-1], add_generation_prompt=True, name=name)
     text = render_turns(tokenizer, turns, add_generation_prompt=False, name=name)
     template = f"{name}: the chat template of {tokenizer.name_or_path}"
@@ -126,7 +126,7 @@ def _response_end(
     return written, next((place for place in range(written, len(ids)) if ids[place] in ends), len(ids)) + 1
 
 
-def _without_system(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -> list[dict[str, str]]:
+def without_system(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return turns with the text of a system turn before that of the first user turn, if the chat template takes none."""
     if turns[0]["role"] != "system" or takes_system_turn(tokenizer):
         return turns

@@ -19,20 +19,6 @@ def positions_of(folder: Path) -> int | None:
     return next((count for count in counts if isinstance(count, int) and count > 0), None)
 
 
-def long_prompt_error(tokens: int, limit: str, remedy: str) -> UserError:
-    """Return the error of a prompt that leaves no position for the output.
-
-    Args:
-        tokens: of the prompt.
-        limit: clause that says what limits prompt and output.
-        remedy: how to raise the limit.
-    """
-    return UserError(
-        f"a prompt has {tokens} tokens, but {limit} for prompt and output; use fewer demonstrations "
-        f"(synthesis.seed_demonstrations) or {remedy}"
-    )
-
-
 def check_positions(folder: Path, length: int, setting: str) -> None:
     """Check that a model has positions for sequences of a length.
 

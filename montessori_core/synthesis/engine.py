@@ -66,7 +66,7 @@ class Engine(Protocol):
         """Continue every request, in any order.
 
         Args:
-            requests: the texts to continue.
+            requests: the texts to continue; each leaves a position of the model for its continuation.
             sampling: decoding parameters.
             stop: a string that ends a continuation and is included in it; the model's end token always ends it.
         """

@@ -12,8 +12,9 @@ from montessori_core.config import Vllm
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.tables import GENERATION
 from montessori_core.judging.client import Question, open_client
-from montessori_core.models.control_tokens import hash_vocabulary, mark_control_tokens, split_generated
+from montessori_core.models.control_tokens import encode_rendered, hash_vocabulary, mark_control_tokens, split_generated
 from montessori_core.models.load import load_tokenizer
+from montessori_core.models.positions import positions_of
 from montessori_core.models.rendering import render_conversation, render_prompt, render_user_beginning, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
@@ -25,17 +26,21 @@ from montessori_core.synthesis.prompts import CLOSE
 _STOPS: dict[Form, str] = {"tagged": CLOSE, "user_line": ASSISTANT}
 """The text that ends what a teacher writes, besides its end tokens."""
 
+_NO_ROOM = Generated("", 0, "length", [])
+"""What a teacher writes if the prompt fills its positions."""
+
 
 def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
     """Load the teacher once.
 
     Inputs: `teacher`; `vllm`, a file with `config.Vllm`, optional.
-    A row's draft has, for each sample, its token ids so far or its final text.
+    A row's draft has, for each sample, its token ids so far or its final text. A row whose prompt leaves no position for an
+    output, as a conversation whose first answer did not end, has empty ones.
     """
     sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
-    vocabulary = hash_vocabulary(tokenizer)
+    vocabulary, longest = hash_vocabulary(tokenizer), positions_of(inputs["teacher"])
     gpus = Vllm.model_validate_json(inputs["vllm"].read_bytes()) if "vllm" in inputs else Vllm()
     engine = open_engine(settings.engine, model, tokenizer, gpus, settings.engine_options)
     stop = _STOPS.get(form)
@@ -43,6 +48,16 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     def compute(rows: list[GenerationRow], recorder: Recorder) -> None:
         prompts = [render_row(tokenizer, row, form) for row in rows]
         samples = [_resume(row, recorder.drafts.get(position)) for position, row in enumerate(rows)]
+
+        def finish(position: int) -> None:
+            prompt, texts = prompts[position], samples[position]
+            outputs = [split_generated(tokenizer, text.text, text.token_ids or [], prompt) for text in texts]
+            recorder.finish(position, _records(rows[position], prompt, texts, outputs, vocabulary))
+
+        for position, prompt in enumerate(prompts):
+            if longest is not None and len(encode_rendered(tokenizer, prompt)[0]) >= longest:
+                samples[position] = [_NO_ROOM] * len(samples[position])
+                finish(position)
         places = [
             (position, place)
             for position, row_samples in enumerate(samples)
@@ -54,6 +69,8 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
             for position, place in places
         ]
         total = sum(map(len, samples))
+        if not requests:
+            recorder.progress(len(rows))
 
         def drafts(step: Step) -> dict[int, Any]:
             for index, tokens in step.drafts().items():
@@ -70,13 +87,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
                 position, place = places[index]
                 samples[position][place] = generated
                 if _is_complete(samples[position]):
-                    prompt = prompts[position]
-                    outputs = [
-                        split_generated(tokenizer, sample.text, sample.token_ids or [], prompt)
-                        for sample in samples[position]
-                    ]
-                    records = _records(rows[position], prompt, samples[position], outputs, vocabulary)
-                    recorder.finish(position, records)
+                    finish(position)
             recorder.keep(partial(drafts, step))
             recorder.progress((total - len(requests) + step.done) * len(rows) / total)
 

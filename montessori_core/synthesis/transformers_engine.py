@@ -17,7 +17,6 @@ import torch
 from montessori_core.config import Sampling
 from montessori_core.models.control_tokens import encode_rendered
 from montessori_core.models.load import load_merged
-from montessori_core.models.positions import long_prompt_error
 from montessori_core.models.prefix import common_prefix
 from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
@@ -47,19 +46,11 @@ class TransformersEngine:
         self._reading = find_reading(self._model)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
-        """See `Engine.generate`. A continuation ends at the model's last position, as with vLLM.
-
-        Raises:
-            UserError: a prompt is too long for the model's positions.
-        """
+        """See `Engine.generate`. A continuation ends at the model's last position, as with vLLM."""
         if not requests:
             return
         texts = {request.prompt for request in requests}
         prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
-        longest = max(map(len, prompts.values()))
-        if self._positions is not None and longest >= self._positions:
-            limit = f"the model has {self._positions} positions"
-            raise long_prompt_error(longest, limit, "a model with more positions")
         rows = [
             _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
             for index, request in enumerate(requests)

@@ -80,7 +80,7 @@ class VllmEngine:
         """See `Engine.generate`. There are no drafts: vLLM's random generator cannot start in the middle.
 
         Raises:
-            UserError: a prompt is too long for the model's positions, or for `cluster.vllm.max_model_len`.
+            UserError: a prompt is too long for `cluster.vllm.max_model_len`.
         """
         if not requests:
             return

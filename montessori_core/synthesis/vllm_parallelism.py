@@ -13,7 +13,6 @@ from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.models.fetch import full_model
 from montessori_core.models.fingerprints import count_weights
-from montessori_core.models.positions import long_prompt_error
 
 DEFAULT_SHARE = 0.9  # of a GPU's memory; vLLM's default is 0.9 or a little more
 _WEIGHTS_SHARE = 0.7  # of vLLM's memory; the rest is for activations and the cache
@@ -100,18 +99,19 @@ def choose_length(longest: int, written: int, positions: int | None, setting: in
     Jobs with prompts of similar lengths get the same power of two.
 
     Args:
-        longest: tokens of the longest prompt.
+        longest: tokens of the longest prompt, fewer than the model's positions.
         written: most tokens of a continuation.
         positions: positions of the model; None: not limited.
         setting: `cluster.vllm.max_model_len`.
 
     Raises:
-        UserError: the longest prompt does not fit.
+        UserError: the longest prompt does not fit into the setting.
     """
     length = setting or max(_SHORTEST, 1 << (longest + written - 1).bit_length())
     length = length if positions is None else min(length, positions)
     if longest >= length:
-        if length == setting:
-            raise long_prompt_error(longest, f"cluster.vllm.max_model_len allows {setting}", "raise it")
-        raise long_prompt_error(longest, f"the model has {positions} positions", "a model with more positions")
+        raise UserError(
+            f"a prompt has {longest} tokens, but cluster.vllm.max_model_len allows {setting} for prompt and output; raise it "
+            "or shorten the prompts"
+        )
     return length

@@ -19,7 +19,7 @@ from montessori_core.errors import ConfigError, DataError
 from montessori_core.evaluation import harness
 from montessori_core.evaluation.harness import open_harness, open_items
 from montessori_core.evaluation.scores import item_scores, mean_over_seeds, score
-from montessori_core.files import read_json
+from montessori_core.files import read_json, write_json
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import Harness, NoSettings
@@ -194,6 +194,34 @@ def test_chat_prompts_have_text_and_fixed_date(
 
 
 @pytest.mark.parametrize(
+    ("check", "begins"),
+    [
+        ("", ["system", "user"]),
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}", ["user"]),
+    ],
+    ids=["system turn", "no system turn"],
+)
+def test_chat_prompts_have_demonstrations_as_turns(
+    check: str, begins: list[str], tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
+) -> None:
+    """After the task's description, which a template without a system turn has before the first question."""
+    shutil.copytree(tasks, tmp_path / "tasks")
+    described = yaml.safe_load((tasks / "own_sums.yaml").read_text()) | {"description": "Add the numbers."}
+    (tmp_path / "tasks" / "own_sums.yaml").write_text(yaml.safe_dump(described))
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    template = CHAT.replace("{{ CONTENT }}", "{{ m['content'] }}").replace("DATE", "")
+    (model / "chat_template.jinja").write_text(check + template)
+    row = {"benchmark": "own_sums", "task": "own_sums", "item": 5, "shots": 2}
+    program = open_harness(Harness(batch_size=1, chat_template=True), {"model": model, "tasks": tmp_path / "tasks"})
+    as_compute(program)([row], tmp_path / "scores.parquet", print)
+    prompt = load_tokenizer(str(tiny_llama)).decode(read["model"][0])
+    roles = re.findall(r"<\|im_start\|>(\w+)", prompt)
+    assert roles == [*begins, "assistant", "user", "assistant", "user", "assistant"]
+    assert prompt.count("Add the numbers.") == 1
+    assert prompt.index("Add the numbers.") < prompt.index(" plus ")
+
+
+@pytest.mark.parametrize(
     ("written", "answer"),
     [("<think>7\nor 8?</think>\n9\n10", "9"), ("<think>7\nor 8?", ""), ("9\n10", "9")],
     ids=["finished thinking", "cut thinking", "no thinking"],
@@ -302,8 +330,15 @@ def test_seed_scores_are_averaged_in_order() -> None:
     ]
     seeds[0].append(score("c", "acc", 0.5, 1.0, 9))  # that of the other seed was not finite
     first, second = mean_over_seeds(seeds)
-    assert first == score("a", "acc", 0.3, 2.5, 9, unparsed=2)
+    assert first == score("a", "acc", 0.3, 3.5, 9, unparsed=2)
     assert second["mean"] is None
+
+
+def test_seeds_with_equal_answers_share_their_error() -> None:
+    """All seeds answer the same items: more seeds are not more items."""
+    seed = [score("a", "acc", 0.25, 0.02, 500)]
+    [averaged] = mean_over_seeds([seed] * 5)
+    assert averaged["standard_error"] == pytest.approx(0.02)
 
 
 @pytest.mark.slow
@@ -363,6 +398,32 @@ def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talkin
     assert scores["alpaca_eval_published", "win_rate"] == 0.5  # each order prefers its first answer
     assert scores["mt_bench_published", "score"] == 6.0
     assert not {"alpaca_eval", "mt_bench"} & {benchmark for benchmark, _ in scores}
+
+
+@pytest.mark.slow
+def test_second_turn_without_room_has_an_empty_answer(judge: Judge, tiny_llama: Path, tmp_path: Path) -> None:
+    """The model does not end its first answers, which so fill its positions."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    settings = read_json(model / "config.json")
+    write_json(settings | {"max_position_embeddings": 200}, model / "config.json")
+    content = yaml.safe_load(configuration(tmp_path, model).read_text())
+    sections = judged(judge, tmp_path)
+    sections["benchmarks"] |= {"answers": {"max_tokens": 400, "presence_penalty": 0.0}, "alpaca_eval": None}
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(yaml.safe_dump(content | sections | {"student": content["student"] | {"max_length": 200}}))
+    code, output = call(
+        *("evaluate", str(model), "--config", str(config), "--name", "mine"),
+        cwd=tmp_path,
+        OPENAI_API_KEY=KEY,
+        MONTESSORI_CACHE=str(tmp_path / "cache"),
+        PREFECT_HOME=str(tmp_path / "home"),
+    )
+    assert code == 0, output
+    assert "turn 2: 1 of 1 outputs are empty, because their prompts fill the model's positions" in " ".join(
+        output.split()
+    )
+    graded = read_table(tmp_path / "runs" / "mine" / "evaluation-benchmarks" / "mt-bench.parquet", MT_BENCH)
+    assert graded["score"].to_pylist() == [7.0, 4.0] * 2
 
 
 def test_unusable_options_are_refused_before_computing(judge: Judge, talking_llama: Path, tmp_path: Path) -> None:

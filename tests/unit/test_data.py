@@ -19,6 +19,7 @@ from montessori_core.config import DataSource, Experiment, Student, Teacher
 from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.rows import EarlierTurn
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, open_parquet, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
@@ -282,6 +283,16 @@ def test_overlapping_sets_are_refused_or_warned_about() -> None:
         DataError, match=r"has 7 tasks, but .* takes 8 of them; add tasks, or lower synthesis.seed_demonstrations"
     ):
         check_sources(Sources(seeds[:7], [shared], [other]), EXPERIMENT)
+
+
+def test_shared_system_turn_is_no_overlap() -> None:
+    seeds = [Task(f"s{i}", f"seed task number {i} about topic {i}") for i in range(8)]
+    system = EarlierTurn(role="system", content=" ".join(f"rule{number}" for number in range(120)), weight=0)
+    river, metal = "List three rivers of France.", "Which metal melts first?"
+    reference = Task("r1", river, "...", (system,))
+    assert check_sources(Sources(seeds, [reference], [Task("e1", metal, "...", (system,))]), EXPERIMENT) == []
+    with pytest.raises(DataError, match="e.g. e2 and r1"):
+        check_sources(Sources(seeds, [reference], [Task("e2", river, "...")]), EXPERIMENT)
 
 
 def test_overlap_is_seen_in_other_scripts() -> None:

@@ -42,6 +42,10 @@ FORMATS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             for pair in PAIRS
         ],
     ),
+    "messages without tool calls": (
+        "messages",
+        [{"messages": [turn | {"tool_calls": [], "function_call": None} for turn in turns(pair)]} for pair in PAIRS],
+    ),
     "sharegpt": ("sharegpt", [{"conversations": turns(pair, "from", "value")} for pair in PAIRS]),
     "conversations of roles": ("messages", [{"conversations": turns(pair)} for pair in PAIRS]),
     "messages as JSON in a cell": ("messages", [{"messages": json.dumps(turns(pair))} for pair in PAIRS]),
@@ -247,6 +251,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         {"messages": [TALK[0], {"role": "tool", "content": "x"}]},
         "field messages.1.role is 'tool', expected one of",
         "a turn of another role",
+    ),
+    (
+        {"messages": [TALK[0], TALK[1] | {"tool_calls": [{"function": {"name": "look_up", "arguments": "{}"}}]}]},
+        "field 'messages.1.tool_calls': the assistant calls tools, which is not read; remove the row",
+        "a turn with tool_calls",
+    ),
+    (
+        {"messages": [TALK[0], {"role": "assistant", "content": None, "function_call": {"name": "look_up"}}]},
+        "field 'messages.1.function_call': the assistant calls tools",
+        "a turn with function_call",
     ),
     ({"messages": TALK[:1]}, "no answer of the assistant after the user's turn", "no answer of the assistant"),
     ({"messages": TALK[1:]}, "field 'messages.0.content': a turn of the assistant", "turns do not alternate"),

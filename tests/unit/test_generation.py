@@ -26,11 +26,10 @@ from montessori_core.config import DataSource, Sampling, Synthesis
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task, read_tasks
 from montessori_core.data.tables import GENERATION
-from montessori_core.errors import UserError
 from montessori_core.models.control_tokens import hash_vocabulary
 from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Row
-from montessori_core.programs import ApiGeneration, Generation
+from montessori_core.programs import ApiGeneration, Form, Generation
 from montessori_core.synthesis import jobs, row_cache, transformers_engine
 from montessori_core.synthesis.engine import Generated, Request
 from montessori_core.synthesis.generation import open_engine
@@ -161,8 +160,6 @@ def test_continuations_end_at_last_position(tiny_llama: Path, tmp_path: Path) ->
     generated = continuations(engine.generate([Request(text, 0) for text in texts], sampling, None))
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert [(each.tokens, each.finish_reason) for each in generated] == [(32 - n, "length") for n in lengths]
-    with pytest.raises(UserError, match="the model has 32 positions"):
-        next(engine.generate([Request("one two " * 32, 0)], sampling, None))
 
 
 @pytest.mark.parametrize("named", ["<|im_end|>", "<|endoftext|>"], ids=["tokenizer", "template"])
@@ -321,6 +318,34 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
     for record in itertools.chain.from_iterable(finished.values()):
         assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["raw_output"])
         assert record["vocabulary"] == hash_vocabulary(tokenizer)
+
+
+@pytest.mark.parametrize("form", ["whole", "reply"])
+def test_prompt_without_room_has_an_empty_output(form: Form, tiny_llama: Path, tmp_path: Path) -> None:
+    """As the second turn of a conversation does, if the answer of the first filled the model's positions."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    _random_model(_gpt2(n_positions=64), len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["one two", "one two " * 64, "one"]
+    rows: list[GenerationRow] = [
+        {"example_ids": [text, "again"], "turns": [text, "", "So?"][: 1 if form == "whole" else 3], "seeds": [0, 1]}
+        for text in texts
+    ]
+    program = open_generation(
+        Generation(engine="transformers", sampling=Sampling(max_tokens=4), form=form), {"teacher": tmp_path}
+    )
+    recorder = MemoryRecorder({})
+    program.compute(rows, recorder)
+    for position, records in recorder.finished.items():
+        for record in records:
+            assert (record["tokens"] == 0) == (position == 1)
+    assert [(row["raw_output"], row["finish_reason"], row["output_ids"]) for row in recorder.finished[1]] == [
+        ("", "length", [])
+    ] * 2
+    assert (len(recorder.finished), recorder.reported[-1]) == (3, 3)
+    recorder = MemoryRecorder({})
+    program.compute(rows[1:2], recorder)
+    assert (len(recorder.finished), recorder.reported) == (1, [1])
 
 
 @pytest.fixture
