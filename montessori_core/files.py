@@ -75,14 +75,18 @@ def write_json(content: Any, path: Path, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; return None if the file is missing or incomplete."""
-    for _ in range(_STALE_READS):
+    """Read JSON; return None if the file is missing or incomplete.
+
+    Raises:
+        OSError: it cannot be read; with a stale handle, several times.
+    """
+    for remaining in reversed(range(_STALE_READS)):
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return None
         except OSError as error:
-            if error.errno != errno.ESTALE:
+            if error.errno != errno.ESTALE or not remaining:
                 raise
     return None
 
