@@ -15,7 +15,7 @@ from flows.cli.options import data_source, warn
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
-    from montessori_core.selection.choose import Control
+    from montessori_core.selection.choose import Choice, Control
     from montessori_core.selection.embeddings import Vectors
     from montessori_core.selection.pools import Pool
 
@@ -81,7 +81,7 @@ ControlName = Annotated[
     str | None,
     typer.Option(
         help="Choose a control of the same size instead: random (any rows), or length_matched (other rows of the same "
-        "lengths)."
+        "lengths; selected rows only if no others remain, with a warning)."
     ),
 ]
 TokenColumn = Annotated[
@@ -146,18 +146,27 @@ def select(
             chosen = choose(pool, choice, chosen_control, seed, vectors)
         if not chosen:
             raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
-        if rows is not None and len(chosen) < rows:
-            warn([_fewer(len(chosen), rows, available, max_rouge_l is not None or max_similarity is not None)])
+        warn(_warnings(len(chosen), available, choice, chosen_control))
         write_chosen(pool, chosen, output)
         console.print(
             f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
         )
 
 
-def _fewer(chosen: int, wanted: int, available: int, unlike: bool) -> str:
-    """Return the warning that fewer rows were chosen than wanted; `unlike`: there is a rule against similar ones."""
-    left_out = ", and the others are similar to these" if unlike else ""
-    return f"{chosen:,} rows instead of {wanted:,}: {available:,} have a score{left_out}"
+def _warnings(chosen: int, available: int, choice: "Choice", control: "Control | None") -> list[str]:
+    """Return warnings of fewer rows than wanted, and of a control that contains selected rows."""
+    warnings = []
+    if choice.rows is not None and chosen < choice.rows:
+        unlike = choice.max_rouge_l is not None or choice.max_similarity is not None
+        left_out = ", and the others are similar to these" if unlike else ""
+        warnings.append(f"{chosen:,} rows instead of {choice.rows:,}: {available:,} have a score{left_out}")
+    others = available - chosen
+    if control == "length_matched" and others < chosen:
+        warnings.append(
+            f"{chosen - others:,} of the {chosen:,} rows of the control are selected rows, too: {others:,} others have a "
+            "score"
+        )
+    return warnings
 
 
 def check_embeddings(model: str | None, max_similarity: float | None, clusters: int | None) -> None:

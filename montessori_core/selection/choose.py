@@ -96,7 +96,7 @@ def choose(
         pool: the rows.
         choice: the rules.
         control: 'random' chooses by a random score instead, with all other rules. 'length_matched' returns as many other
-            rows, with tokens as near as possible to those of the chosen ones.
+            rows, with tokens as near as possible to those of the chosen ones; chosen ones only if no others remain.
         seed: of a control.
         vectors: the rows' embeddings, for `max_similarity`.
 

@@ -1,4 +1,4 @@
-"""`montessori select`: the best rows, turns, near-duplicates, controls."""
+"""`montessori select`: the best rows, turns, near-duplicates."""
 
 import gzip
 import json
@@ -25,7 +25,6 @@ from montessori_core.selection import choose as choosing
 from montessori_core.selection.choose import Choice, choose, scored_positions
 from montessori_core.selection.columns import schema_of_rows
 from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
-from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import FilesPool, ParquetPool, open_pool
 from montessori_core.selection.texts import texts_of
 from support.pools import ListPool
@@ -167,22 +166,6 @@ def test_command_groups_and_compares_by_embeddings(tiny_llama: Path, tmp_path: P
         assert message in " ".join(output.split())
 
 
-def test_controls_are_seeded_and_have_size_or_lengths() -> None:
-    draw = random.Random(1)
-    tokens = [draw.randint(1, 40) for _ in range(200)]
-    pool = ListPool([{"s": -i, "response_tokens": number} for i, number in enumerate(tokens)])
-    choice = Choice(("s",), rows=20)
-    draws = [choose(pool, choice, "random", seed) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-    assert all(len(set(drawn)) == 20 for drawn in draws)
-    assert Counter(i < 20 for i in choose(pool, Choice(("s",), rows=100), "random"))[True] < 18
-    matched = choose(pool, choice, "length_matched", 0)
-    assert not set(matched) & set(range(20))
-    errors = [abs(a - b) for a, b in zip(sorted(tokens[:20]), sorted(tokens[i] for i in matched), strict=True)]
-    assert max(errors) <= 2
-    assert matched == choose(pool, choice, "length_matched", 0)
-
-
 ROWS = [{"text": f"row {i}", "score": (i * 7) % 10, "source": "ab"[i % 2], "n": None} for i in range(10)]
 
 
@@ -273,20 +256,6 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     code, output = invoke("select", "pool.jsonl", *by, "--k", "99", "--output", "all.jsonl", cwd=tmp_path)
     assert code == 0
     assert "10 rows instead of 99" in output
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=30), st.integers(0, 3))
-def test_matched_lengths_are_the_nearest(rows: list[tuple[int, bool]], seed: int) -> None:
-    lengths, selected = np.array([length for length, _ in rows]), np.array([chosen for _, chosen in rows])
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    free, expected = [place for place in order if not selected[place]], []
-    for length in sorted(lengths[selected].tolist(), reverse=True):
-        free = free or [place for place in order if selected[place]]
-        nearest = min(free, key=lambda place: abs(lengths[place] - length))
-        free.remove(nearest)
-        expected.append(nearest)
-    assert match_lengths(lengths, selected, seed) == expected
 
 
 def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
