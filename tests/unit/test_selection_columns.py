@@ -120,3 +120,13 @@ def test_compared_rows_need_a_text(tmp_path: Path) -> None:
     pool = FilesPool(write_rows(tmp_path / "pool.jsonl", [{"instruction": "Add.", "s": 2}, {"s": 1}]))
     with pytest.raises(DataError, match=r"pool.jsonl, row 2: no 'instruction'"):
         choose(pool, Choice(("s",), rows=2, max_rouge_l=0.5))
+
+
+def test_parquet_output_has_columns_of_later_rows(tmp_path: Path) -> None:
+    """Also a column that the first chosen row lacks."""
+    rows = [{"text": "a", "s": 2}, {"text": "b", "s": 1, "licence": "mit"}]
+    write_rows(tmp_path / "pool.jsonl", rows)
+    code, output = invoke("select", "pool.jsonl", "--k", "2", "--by", "s", "--output", "best.parquet", cwd=tmp_path)
+    assert code == 0, output
+    chosen = list(ParquetPool(tmp_path / "best.parquet").rows())
+    assert chosen == [rows[0] | {"licence": None, "rank": 1}, rows[1] | {"rank": 2}]
