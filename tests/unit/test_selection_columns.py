@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import DataError
 from montessori_core.selection.choose import Choice, choose, scored_positions
 from montessori_core.selection.columns import schema_of_rows
-from montessori_core.selection.pools import FilesPool, ParquetPool
+from montessori_core.selection.pools import FilesPool, ParquetPool, open_pool
+from support.pools import ListPool
 from support.reports import write_run
 from support.runs import invoke
 
@@ -114,6 +116,22 @@ def test_row_without_score_key_is_never_chosen(tmp_path: Path) -> None:
         code, output = invoke(*select, *options, "--output", "other.jsonl", cwd=tmp_path)
         assert code == 1
         assert f"pool.jsonl: no column '{absent}' (found: text, a, source, b)" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_tokens_may_be_whole_floats(suffix: str, tmp_path: Path) -> None:
+    """As pandas writes a column of integers that once had a null."""
+    rows = [{"s": -n, "response_tokens": float(n + 1)} for n in range(4)]
+    if suffix == ".csv":
+        lines = [f"{row['s']},{row['response_tokens']}" for row in rows]
+        (tmp_path / "pool.csv").write_text("\n".join(["s,response_tokens", *lines]))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    pool = open_pool(tmp_path / f"pool{suffix}")
+    assert choose(pool, Choice(("s",), tokens=6)) == [0, 1, 2]
+    for value in (1.5, 0.0, float("nan"), float("inf"), None, "two"):
+        with pytest.raises(DataError, match="is no number of tokens"):
+            choose(ListPool([{"s": 1, "response_tokens": value}]), Choice(("s",), tokens=6))
 
 
 def test_compared_rows_need_a_text(tmp_path: Path) -> None:
