@@ -115,7 +115,7 @@ def select(
     """Choose the best rows of a scored pool, or a control of the same size.
 
     Of equal scores the earlier row is chosen; rows without a score never are. The file has all columns of the pool and
-    `rank`; montessori train reads it.
+    `rank`, which replaces one of that name; montessori train reads it.
     """
     from montessori_core.selection.choose import Choice, choose, scored_positions
     from montessori_core.selection.embeddings import CLUSTER, cluster_pool
@@ -138,6 +138,7 @@ def select(
         available = len(scored_rows)
         if not available:
             raise UserError(f"{pool.name}: no row has a score in {' or '.join(map(repr, scores))}")
+        warn(_replaced_columns(pool, clusters is not None))
         rows = max(1, round(share * available)) if share is not None else k
         with open_vectors(pool, embedding_model) as vectors:
             if clusters is not None and vectors is not None:
@@ -151,6 +152,17 @@ def select(
         console.print(
             f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
         )
+
+
+def _replaced_columns(pool: "Pool", clustered: bool) -> list[str]:
+    """Return warnings of columns that have the name of an added one."""
+    from montessori_core.selection.embeddings import CLUSTER
+    from montessori_core.selection.pools import column_names
+    from montessori_core.selection.write import RANK
+
+    present = column_names(pool)
+    added = [RANK, CLUSTER] if clustered else [RANK]
+    return [f"the pool's column {name!r} is replaced" for name in added if name in present]
 
 
 def _warnings(chosen: int, available: int, choice: "Choice", control: "Control | None") -> list[str]:

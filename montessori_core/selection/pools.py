@@ -286,6 +286,15 @@ def data_file(path: Path) -> Path:
     return next((path / name for name in _DATA_FILES if (path / name).is_file()), path)
 
 
+def column_names(pool: Pool) -> list[str]:
+    """Return the names of a pool's columns; without a schema, those of its first row.
+
+    Raises:
+        DataError: the pool cannot be read.
+    """
+    return pool.schema.names if pool.schema is not None else list(next(pool.rows(), {}))
+
+
 def check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:
     """Check that columns are there.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Set
 from montessori_core.data.formats import CONVERSATIONS
 from montessori_core.errors import DataError
 from montessori_core.export.sets import INSTRUCTION
-from montessori_core.selection.pools import Pool
+from montessori_core.selection.pools import Pool, column_names
 
 _PROMPT = "prompt"  # of TRL's prompt and completion
 
@@ -16,7 +16,7 @@ def texts_of(pool: Pool, positions: Set[int]) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: the pool cannot be read, or a row has no text.
     """
-    names = pool.schema.names if pool.schema is not None else next(pool.rows(), {})
+    names = column_names(pool)
     column = next((name for name in (INSTRUCTION, *CONVERSATIONS, _PROMPT) if name in names), INSTRUCTION)
     for position, row in pool.take(positions, [column]):
         if row[column] is None:

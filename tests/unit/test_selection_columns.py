@@ -134,6 +134,22 @@ def test_tokens_may_be_whole_floats(suffix: str, tmp_path: Path) -> None:
             choose(ListPool([{"s": 1, "response_tokens": value}]), Choice(("s",), tokens=6))
 
 
+def test_command_warns_of_replaced_columns(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Do {n}.", "s": n, "rank": "mine", "cluster": "mine"} for n in range(3)]
+    write_rows(tmp_path / "pool.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    for pool in ("pool.jsonl", "pool.parquet"):
+        select = ("select", pool, "--k", "1", "--by", "s", "--output")
+        code, output = invoke(*select, f"{pool}.best.jsonl", cwd=tmp_path)
+        assert code == 0, output
+        assert output.count("warning") == 1
+        assert "warning: the pool's column 'rank' is replaced" in output
+        assert list(FilesPool(tmp_path / f"{pool}.best.jsonl").rows()) == [rows[2] | {"rank": 1}]
+    code, output = invoke(*select, "c.jsonl", "--embedding-model", str(tiny_llama), "--clusters", "2", cwd=tmp_path)
+    assert code == 0, output
+    assert "warning: the pool's column 'cluster' is replaced" in output
+
+
 def test_compared_rows_need_a_text(tmp_path: Path) -> None:
     pool = FilesPool(write_rows(tmp_path / "pool.jsonl", [{"instruction": "Add.", "s": 2}, {"s": 1}]))
     with pytest.raises(DataError, match=r"pool.jsonl, row 2: no 'instruction'"):
