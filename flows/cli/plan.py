@@ -1,5 +1,6 @@
 """The command plan: check whether measuring influence on a student, or updating a teacher, fits a GPU."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from flows.cli.influence import ScreenName, parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
 from montessori_core.config import Lora, TeacherUpdate, Vllm, parse
 from montessori_core.errors import UserError
+from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
 from montessori_core.models.shape import GB, Shape
@@ -18,7 +20,7 @@ from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize,
 
 def plan(
     student: Annotated[
-        str | None, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")
+        str | None, typer.Option(help="Folder, also of an adapter, or Hugging Face id; only its configuration is read.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The same, to plan a teacher update instead.")] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of a GPU, GB.")] = 80.0,
@@ -126,12 +128,23 @@ def _print_generation(size: ModelSize, teacher: str, memory: int) -> None:
 
 
 def _load_without_weights(name: str, lora: Lora | None) -> Any:
-    """Load a model on the meta device, which has shapes but no weights."""
+    """Load a model on the meta device, which has shapes but no weights, with its adapter or a new one."""
     try:
         import torch
+        from peft import PeftConfig, PeftModel
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise UserError(f"planning needs the worker's libraries ({error}); pip install 'montessori[train]'") from error
+    folder = Path(local_path(name))
+    if is_adapter(folder):
+        rank = adapter_rank(folder)
+        if lora and lora.rank != rank:
+            raise UserError(f"--lora-rank {lora.rank}: {name} is an adapter of rank {rank}, which is trained further")
+        settings = PeftConfig.from_pretrained(folder)
+        settings.inference_mode = False
+        base = _load_without_weights(adapted_model(folder), None)
+        with torch.device("meta"):
+            return PeftModel(base, settings)
     try:
         config = AutoConfig.from_pretrained(local_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
