@@ -292,3 +292,16 @@ def test_plan_command_prints_teacher_update(smollm2: Path) -> None:
     code, output = invoke(*command, "--student", str(smollm2), cwd=ROOT)
     assert code == 1
     assert "give a --student or a --teacher" in output
+    for option, value in (
+        ("--estimator", "screened"),
+        ("--screen", "linear"),
+        ("--dtype", "mixed"),
+        ("--state-dtype", "bfloat16"),
+        ("--reference-batch-tokens", "1024"),
+    ):
+        code, output = invoke(*command, option, value, cwd=ROOT)
+        assert code == 1
+        assert f"{option} applies only to --student" in output
+    code, output = invoke("plan", "--student", str(smollm2), "--quantization", "nf4", cwd=ROOT)
+    assert code == 1
+    assert "--quantization applies only to --teacher" in output
