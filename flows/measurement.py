@@ -14,7 +14,7 @@ from cluster.lock import only_driver
 from montessori_core.config import Cluster, DataSource, Influence, Student
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.rows import ExampleRow, Rows
-from montessori_core.data.sources import Task, TaskReader, read_tasks, write_tasks
+from montessori_core.data.sources import Task, TaskReader, write_tasks
 from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import commit, hash_path
@@ -190,8 +190,13 @@ def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> lis
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
     check_student(measurement.student, _MAX_LENGTH)
+    references = []
     sources = measurement.reference, *measurement.targets
-    return [read_tasks(source, "reference", True, bad_rows) for source in sources]
+    for name, source in zip(names_of_targets(measurement), sources, strict=True):
+        reader = TaskReader(source, "reference", with_response=True)
+        references.append(list(reader))
+        reader.report(bad_rows, name if measurement.targets else "")
+    return references
 
 
 def _open_models(measurement: Measurement, folder: Path) -> dict[str, Model]:

@@ -1,5 +1,6 @@
 """The command plan: check whether measuring influence on a student, or updating a teacher, fits a GPU."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,17 +9,21 @@ from rich.table import Table
 from flows.cli.console import console
 from flows.cli.influence import ScreenName, parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
-from montessori_core.config import Lora, TeacherUpdate, Vllm, parse
+from montessori_core.config import Influence, Lora, TeacherUpdate, Vllm, parse
 from montessori_core.errors import UserError
+from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
 from montessori_core.models.shape import GB, Shape
 from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize, choose_parallelism
 
+_OF_A_MEASUREMENT = ("estimator", "screen", "dtype", "state_dtype", "reference_batch_tokens")
+
 
 def plan(
+    context: typer.Context,
     student: Annotated[
-        str | None, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")
+        str | None, typer.Option(help="Folder, also of an adapter, or Hugging Face id; only its configuration is read.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The same, to plan a teacher update instead.")] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of a GPU, GB.")] = 80.0,
@@ -56,6 +61,7 @@ def plan(
         raise UserError("give a --student or a --teacher")
     lora = Lora(rank=lora_rank) if lora_rank else None
     if teacher is not None:
+        _check_options_of_teacher(context)
         _plan_update(teacher, _parse_update(lora, quantization), max_length, gpu_memory)
         return
     if quantization is not None:
@@ -63,17 +69,31 @@ def plan(
     assert student is not None
     options: dict[str, Any] = {"estimator": estimator, "dtype": dtype, "state_dtype": state_dtype}
     options |= {"reference_batch_tokens": reference_batch_tokens, "screening": {"estimator": screen}}
-    influence = parse_options(options)
+    _plan_measurement(student, lora, parse_options(options), max_length, gpu_memory)
+
+
+def _check_options_of_teacher(context: typer.Context) -> None:
+    """Raise a UserError if an option of a measurement is given."""
+    for name in _OF_A_MEASUREMENT:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--{name.replace('_', '-')} applies only to --student")
+
+
+def _plan_measurement(
+    student: str, lora: Lora | None, influence: Influence, max_length: int, gpu_memory: float
+) -> None:
     from montessori_core.influence.memory import plan_memory
 
     shape = Shape.of(_load_without_weights(student, lora))
     memory = int(gpu_memory * GB)
     fits = True
-    for name in (influence.screening.estimator, "exact") if estimator == "screened" else (influence.estimator,):
+    screened = influence.estimator == "screened"
+    for name in (influence.screening.estimator, "exact") if screened else (influence.estimator,):
         dtypes = influence.dtype, influence.state_dtype
-        memory_plan = plan_memory(shape, name, dtypes, max_length, reference_batch_tokens, memory)
+        memory_plan = plan_memory(shape, name, dtypes, max_length, influence.reference_batch_tokens, memory)
         kept = ", state in 16 bits" if "bfloat16" in dtypes else ""
-        print_memory_plan(memory_plan, f"{student}: {name}, {dtype}{kept}, one worker", gpu_memory)
+        print_memory_plan(memory_plan, f"{student}: {name}, {influence.dtype}{kept}, one worker", gpu_memory)
         fits &= memory_plan.fits
     console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, {shape.trained / 1e9:.3f}e9 of them trained")
     if not fits:
@@ -126,12 +146,23 @@ def _print_generation(size: ModelSize, teacher: str, memory: int) -> None:
 
 
 def _load_without_weights(name: str, lora: Lora | None) -> Any:
-    """Load a model on the meta device, which has shapes but no weights."""
+    """Load a model on the meta device, which has shapes but no weights, with its adapter or a new one."""
     try:
         import torch
+        from peft import PeftConfig, PeftModel
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise UserError(f"planning needs the worker's libraries ({error}); pip install 'montessori[train]'") from error
+    folder = Path(local_path(name))
+    if is_adapter(folder):
+        rank = adapter_rank(folder)
+        if lora and lora.rank != rank:
+            raise UserError(f"--lora-rank {lora.rank}: {name} is an adapter of rank {rank}, which is trained further")
+        settings = PeftConfig.from_pretrained(folder)
+        settings.inference_mode = False
+        base = _load_without_weights(adapted_model(folder), None)
+        with torch.device("meta"):
+            return PeftModel(base, settings)
     try:
         config = AutoConfig.from_pretrained(local_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from flows.cli.options import data_source, warn
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
-    from montessori_core.selection.choose import Control
+    from montessori_core.selection.choose import Choice, Control
     from montessori_core.selection.embeddings import Vectors
     from montessori_core.selection.pools import Pool
 
@@ -81,7 +81,7 @@ ControlName = Annotated[
     str | None,
     typer.Option(
         help="Choose a control of the same size instead: random (any rows), or length_matched (other rows of the same "
-        "lengths)."
+        "lengths; selected rows only if no others remain, with a warning)."
     ),
 ]
 TokenColumn = Annotated[
@@ -115,7 +115,7 @@ def select(
     """Choose the best rows of a scored pool, or a control of the same size.
 
     Of equal scores the earlier row is chosen; rows without a score never are. The file has all columns of the pool and
-    `rank`; montessori train reads it.
+    `rank`, which replaces one of that name; montessori train reads it.
     """
     from montessori_core.selection.choose import Choice, choose, scored_positions
     from montessori_core.selection.embeddings import CLUSTER, cluster_pool
@@ -138,6 +138,7 @@ def select(
         available = len(scored_rows)
         if not available:
             raise UserError(f"{pool.name}: no row has a score in {' or '.join(map(repr, scores))}")
+        warn(_replaced_columns(pool, clusters is not None))
         rows = max(1, round(share * available)) if share is not None else k
         with open_vectors(pool, embedding_model) as vectors:
             if clusters is not None and vectors is not None:
@@ -146,18 +147,38 @@ def select(
             chosen = choose(pool, choice, chosen_control, seed, vectors)
         if not chosen:
             raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
-        if rows is not None and len(chosen) < rows:
-            warn([_fewer(len(chosen), rows, available, max_rouge_l is not None or max_similarity is not None)])
+        warn(_warnings(len(chosen), available, choice, chosen_control))
         write_chosen(pool, chosen, output)
         console.print(
             f"{len(chosen):,} of {available:,} scored rows{_ranges(pool, chosen, scores)}: {output}", soft_wrap=True
         )
 
 
-def _fewer(chosen: int, wanted: int, available: int, unlike: bool) -> str:
-    """Return the warning that fewer rows were chosen than wanted; `unlike`: there is a rule against similar ones."""
-    left_out = ", and the others are similar to these" if unlike else ""
-    return f"{chosen:,} rows instead of {wanted:,}: {available:,} have a score{left_out}"
+def _replaced_columns(pool: "Pool", clustered: bool) -> list[str]:
+    """Return warnings of columns that have the name of an added one."""
+    from montessori_core.selection.embeddings import CLUSTER
+    from montessori_core.selection.pools import column_names
+    from montessori_core.selection.write import RANK
+
+    present = column_names(pool)
+    added = [RANK, CLUSTER] if clustered else [RANK]
+    return [f"the pool's column {name!r} is replaced" for name in added if name in present]
+
+
+def _warnings(chosen: int, available: int, choice: "Choice", control: "Control | None") -> list[str]:
+    """Return warnings of fewer rows than wanted, and of a control that contains selected rows."""
+    warnings = []
+    if choice.rows is not None and chosen < choice.rows:
+        unlike = choice.max_rouge_l is not None or choice.max_similarity is not None
+        left_out = ", and the others are similar to these" if unlike else ""
+        warnings.append(f"{chosen:,} rows instead of {choice.rows:,}: {available:,} have a score{left_out}")
+    others = available - chosen
+    if control == "length_matched" and others < chosen:
+        warnings.append(
+            f"{chosen - others:,} of the {chosen:,} rows of the control are selected rows, too: {others:,} others have a "
+            "score"
+        )
+    return warnings
 
 
 def check_embeddings(model: str | None, max_similarity: float | None, clusters: int | None) -> None:

@@ -298,8 +298,8 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     screening = screening_report(table)
     for name, text in screening.describe() if screening else ():
         lines.add_row(name, text)
-    read = pc.sum(table["reference_tokens"]).as_py()
-    total = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
+    exact = table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.equal(table["estimator"], "exact")))
+    read, total = exact["reference_tokens"].to_numpy().sum(), summary["reference_tokens"] * exact.num_rows
     if 0 < read < total:
         lines.add_row("reference tokens saved", f"{1 - read / total:.0%}")
     console.print(lines)

@@ -235,11 +235,11 @@ class TaskReader(Iterable[Task]):
     def _read_commit(self, commit: str) -> None:
         self.commit = commit
 
-    def report(self, bad_rows: list[BadRow] | None) -> None:
-        """Log what was read, and append the rows that were left out to `bad_rows`."""
+    def report(self, bad_rows: list[BadRow] | None, name: str = "") -> None:
+        """Log what was read, with the `name` of one of several sets, and append the rows left out to `bad_rows`."""
         if bad_rows is not None:
             bad_rows += self.bad_rows
-        _log.info(self.summary())
+        _log.info(f"{name}: {self.summary()}" if name else self.summary())
 
     def summary(self) -> str:
         """Return a line on what was read: 'reference: 1,319 rows, format: messages'."""

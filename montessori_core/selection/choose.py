@@ -96,7 +96,7 @@ def choose(
         pool: the rows.
         choice: the rules.
         control: 'random' chooses by a random score instead, with all other rules. 'length_matched' returns as many other
-            rows, with tokens as near as possible to those of the chosen ones.
+            rows, with tokens as near as possible to those of the chosen ones; chosen ones only if no others remain.
         seed: of a control.
         vectors: the rows' embeddings, for `max_similarity`.
 
@@ -237,7 +237,7 @@ def _score(pool: Pool, position: int, row: Row, by: str) -> float | None:
 
 
 def _tokens(pool: Pool, position: int, value: object) -> int:
-    number = None if isinstance(value, float) else number_in(value)
+    number = number_in(value)
     if number is None or number < 1 or not number.is_integer():
         raise DataError(
             f"{pool.name}, row {position + 1}: {value!r} is no number of tokens; name a column of whole numbers above 0 with "

@@ -66,6 +66,8 @@ class Pool(Protocol):
 class FilesPool(Pool):
     """The rows of a file, a glob or a folder, of any kind that data sets have; the cells of CSV are texts.
 
+    A row that lacks a column has null there, as in Parquet. Which columns there are is known at the end of the first pass.
+
     Args:
         path: of the files, or their name if they are given.
         files: the files.
@@ -78,18 +80,22 @@ class FilesPool(Pool):
         if files is None:
             raise DataError(f"{path}: expected a data file, a glob, a folder of data files, or a run")
         self._files, self.name = files, str(path)
+        self._names: dict[str, None] = {}  # in their order; empty before the end of the first pass
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        if self._names:
+            check_columns(self.name, columns or (), list(self._names))
+        names: dict[str, None] = {}
         for where, row in shard_rows(self._files):
             if isinstance(row, RowError):
                 raise row
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected an object with named fields, found {type(row).__name__}")
-            if columns is None:
-                yield row
-                continue
-            check_columns(where, columns, list(row))
-            yield {name: row[name] for name in columns}
+            names |= dict.fromkeys(row)
+            yield row if columns is None else {name: row.get(name) for name in columns}
+        self._names = names
+        if names:
+            check_columns(self.name, columns or (), list(names))
 
 
 class ParquetPool(Pool):
@@ -278,6 +284,15 @@ def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: 
 def data_file(path: Path) -> Path:
     """Return the data file of an exported folder; any other path unchanged."""
     return next((path / name for name in _DATA_FILES if (path / name).is_file()), path)
+
+
+def column_names(pool: Pool) -> list[str]:
+    """Return the names of a pool's columns; without a schema, those of its first row.
+
+    Raises:
+        DataError: the pool cannot be read.
+    """
+    return pool.schema.names if pool.schema is not None else list(next(pool.rows(), {}))
 
 
 def check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Set
 
 from montessori_core.data.formats import CONVERSATIONS
+from montessori_core.errors import DataError
 from montessori_core.export.sets import INSTRUCTION
-from montessori_core.selection.pools import Pool
+from montessori_core.selection.pools import Pool, column_names
 
 _PROMPT = "prompt"  # of TRL's prompt and completion
 
@@ -13,11 +14,14 @@ def texts_of(pool: Pool, positions: Set[int]) -> Iterator[tuple[int, str]]:
     """Yield (position, text) pairs of some rows, in order.
 
     Raises:
-        DataError: the pool cannot be read, or has no texts.
+        DataError: the pool cannot be read, or a row has no text.
     """
-    names = pool.schema.names if pool.schema is not None else next(pool.rows(), {})
+    names = column_names(pool)
     column = next((name for name in (INSTRUCTION, *CONVERSATIONS, _PROMPT) if name in names), INSTRUCTION)
-    return ((position, _text(row[column], column != _PROMPT)) for position, row in pool.take(positions, [column]))
+    for position, row in pool.take(positions, [column]):
+        if row[column] is None:
+            raise DataError(f"{pool.name}, row {position + 1}: no {column!r}, by which rows are compared")
+        yield position, _text(row[column], column != _PROMPT)
 
 
 def _text(value: object, has_answer: bool) -> str:

@@ -58,10 +58,12 @@ def _write_parquet(rows: Iterator[Row], pool: Pool, path: Path) -> None:
     if pool.schema is not None:
         fields = [field for field in pool.schema.remove_metadata() if field.name != RANK]
         schema = pa.schema([*fields, pa.field(RANK, pa.int64())])
-    # Without a schema all rows decide the types of the columns.
+    # Without a schema all rows decide the columns and their types.
     batches = iter(lambda: list(islice(rows, ROW_GROUP if schema else sys.maxsize)), [])
+    batch = next(batches, [])
+    names = dict.fromkeys(name for row in batch for name in row)  # from_pylist reads those of the first row alone
     try:
-        first = pa.Table.from_pylist(next(batches, []), schema)
+        first = pa.Table.from_pylist([names | row for row in batch], schema)
         with pq.ParquetWriter(path, first.schema, compression="zstd", write_page_checksum=True) as writer:
             writer.write_table(first)
             for batch in batches:

@@ -228,6 +228,10 @@ def test_unmeasurable_examples_are_listed(tiny_llama: Path, folder: Path) -> Non
     (row,) = [r for r in read_table(folder / "influence.parquet", INFLUENCE).to_pylist() if r["status"] != "ok"]
     assert row["truncated"]
     assert row["influence_student"] is None
+    exact = ("--estimator", "exact", "--out", str(folder / "exact.parquet"))
+    code, output = influence(folder, tiny_llama, "--max-length", "64", *exact)
+    assert code == 0, output
+    assert "reference tokens saved" not in output  # only --sequential saves them
 
 
 def test_student_with_renamed_weights_is_refused_before_jobs(tiny_llama: Path, folder: Path) -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, ResidentStudent
 from montessori_core.influence.losses import make_batch
 from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import IGNORED, Encoded
+from montessori_core.models.load import load_model, with_lora
 from montessori_core.models.shape import GB, Shape
 from montessori_core.training.memory import plan_update
 from montessori_core.training.moments import cold_moments
@@ -244,6 +246,23 @@ def test_plan_command_prints_placement_and_remedy(smollm2: Path) -> None:
     assert "--lora-rank" in output
 
 
+def test_plan_command_reads_an_adapter(smollm2: Path, tmp_path: Path) -> None:
+    """It counts the adapter's own matrices as trained, as influence and updates do."""
+    adapted = with_lora(load_model(str(smollm2), torch.bfloat16), Lora(rank=64, targets=("q_proj",)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    shape = Shape.of(load_model(str(tmp_path / "adapter"), torch.bfloat16))
+    assert shape.trained == 30 * 64 * 2 * 576
+    code, output = invoke("plan", "--student", "adapter", cwd=tmp_path)
+    assert code == 0, output
+    assert f"{shape.parameters / 1e9:.3f}e9 parameters, {shape.trained / 1e9:.3f}e9 of them trained" in output
+    for role in ("--student", "--teacher"):
+        code, output = invoke("plan", role, "adapter", "--lora-rank", "64", cwd=tmp_path)
+        assert code == 0, output
+        code, output = invoke("plan", role, "adapter", "--lora-rank", "4", cwd=tmp_path)
+        assert code == 1
+        assert "--lora-rank 4: adapter is an adapter of rank 64, which is trained further" in " ".join(output.split())
+
+
 def test_8b_teacher_needs_an_adapter_on_80_gb() -> None:
     """All weights need 20 bytes each, over two GPUs 10; with an adapter one GPU is enough."""
     adapter = replace(LLAMA_3_8B, trained=42_000_000)
@@ -273,3 +292,16 @@ def test_plan_command_prints_teacher_update(smollm2: Path) -> None:
     code, output = invoke(*command, "--student", str(smollm2), cwd=ROOT)
     assert code == 1
     assert "give a --student or a --teacher" in output
+    for option, value in (
+        ("--estimator", "screened"),
+        ("--screen", "linear"),
+        ("--dtype", "mixed"),
+        ("--state-dtype", "bfloat16"),
+        ("--reference-batch-tokens", "1024"),
+    ):
+        code, output = invoke(*command, option, value, cwd=ROOT)
+        assert code == 1
+        assert f"{option} applies only to --student" in output
+    code, output = invoke("plan", "--student", str(smollm2), "--quantization", "nf4", cwd=ROOT)
+    assert code == 1
+    assert "--quantization applies only to --teacher" in output

@@ -1,8 +1,12 @@
 """Names of reference sets."""
 
+import json
+import logging
+from pathlib import Path
+
 import pytest
 
-from flows.measurement import Measurement, names_of_targets
+from flows.measurement import Measurement, names_of_targets, opened_inputs
 from montessori_core.config import Cluster, DataSource, Influence, Student
 
 
@@ -21,3 +25,20 @@ def test_reference_sets_have_different_names(paths: list[str], names: list[str])
         Student(model="student"), None, first, first, Influence(), "student", Cluster(), targets=tuple(others)
     )
     assert names_of_targets(measurement) == names
+
+
+def test_log_names_one_of_several_sets(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "montessori_core.data")
+    for name, rows in (("pool", 3), ("coding", 2), ("maths", 1)):
+        lines = (json.dumps({"instruction": f"Do {n}.", "output": "Done."}) for n in range(rows))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    pool, coding, maths = (DataSource(path=str(tmp_path / f"{name}.jsonl")) for name in ("pool", "coding", "maths"))
+    student = Student(model=str(tiny_llama), max_length=64)
+    for targets, logged in (
+        ((), ["reference: 2 rows, format: alpaca"]),
+        ((maths,), ["coding: reference: 2 rows, format: alpaca", "maths: reference: 1 rows, format: alpaca"]),
+    ):
+        caplog.clear()
+        measurement = Measurement(student, None, pool, coding, Influence(), "student", Cluster(), targets=targets)
+        with opened_inputs(measurement, tmp_path / "measured"):
+            assert caplog.messages == ["examples: 3 rows, format: alpaca", *logged]

@@ -1,13 +1,11 @@
-"""`montessori select`: the best rows, turns, near-duplicates, controls."""
+"""`montessori select`: the best rows, turns, near-duplicates."""
 
-import gzip
 import json
 import math
 import random
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +21,7 @@ from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import DataError
 from montessori_core.selection import choose as choosing
 from montessori_core.selection.choose import Choice, choose, scored_positions
-from montessori_core.selection.columns import schema_of_rows
 from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
-from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import FilesPool, ParquetPool, open_pool
 from montessori_core.selection.texts import texts_of
 from support.pools import ListPool
@@ -167,22 +163,6 @@ def test_command_groups_and_compares_by_embeddings(tiny_llama: Path, tmp_path: P
         assert message in " ".join(output.split())
 
 
-def test_controls_are_seeded_and_have_size_or_lengths() -> None:
-    draw = random.Random(1)
-    tokens = [draw.randint(1, 40) for _ in range(200)]
-    pool = ListPool([{"s": -i, "response_tokens": number} for i, number in enumerate(tokens)])
-    choice = Choice(("s",), rows=20)
-    draws = [choose(pool, choice, "random", seed) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-    assert all(len(set(drawn)) == 20 for drawn in draws)
-    assert Counter(i < 20 for i in choose(pool, Choice(("s",), rows=100), "random"))[True] < 18
-    matched = choose(pool, choice, "length_matched", 0)
-    assert not set(matched) & set(range(20))
-    errors = [abs(a - b) for a, b in zip(sorted(tokens[:20]), sorted(tokens[i] for i in matched), strict=True)]
-    assert max(errors) <= 2
-    assert matched == choose(pool, choice, "length_matched", 0)
-
-
 ROWS = [{"text": f"row {i}", "score": (i * 7) % 10, "source": "ab"[i % 2], "n": None} for i in range(10)]
 
 
@@ -275,20 +255,6 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     assert "10 rows instead of 99" in output
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=30), st.integers(0, 3))
-def test_matched_lengths_are_the_nearest(rows: list[tuple[int, bool]], seed: int) -> None:
-    lengths, selected = np.array([length for length, _ in rows]), np.array([chosen for _, chosen in rows])
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    free, expected = [place for place in order if not selected[place]], []
-    for length in sorted(lengths[selected].tolist(), reverse=True):
-        free = free or [place for place in order if selected[place]]
-        nearest = min(free, key=lambda place: abs(lengths[place] - length))
-        free.remove(nearest)
-        expected.append(nearest)
-    assert match_lengths(lengths, selected, seed) == expected
-
-
 def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     """Whatever the order of the examples is; numbers alone do not read them."""
     table = write_run(tmp_path / "run") / "iteration-1" / "influence.parquet"
@@ -309,79 +275,6 @@ def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").unlink()
     assert len(scored_positions(pool, ["influence"])) > 0
     assert [row for _, row in pool.take({5}, ["influence"])] == [{"influence": rows[5]["influence"]}]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_columns_of_examples_are_passed_on(suffix: str, tmp_path: Path) -> None:
-    """Those that hold no texts, in any order of the examples; sources take turns by them."""
-    table = write_run(tmp_path / "run") / "iteration-1" / "influence.parquet"
-    ids = read_table(table, INFLUENCE)["example_id"].to_pylist()
-    examples = [
-        {
-            "id": id,
-            "question": f"Do {id}.",
-            "output": "Done.",
-            "source": "ab"[n < 3],
-            "n": n,
-            "tokens": -1,
-            "input": "x",
-        }
-        | ({"licence": {"name": "mit"}} if n % 2 else {})
-        for n, id in enumerate(ids)
-    ]
-    for order, data in (("same", examples), ("reversed", examples[::-1])):
-        (tmp_path / f"pool-{order}.jsonl").write_text("\n".join(map(json.dumps, data)))
-        source = f"{{path: pool-{order}.jsonl, instruction_field: question, input_field: none}}"
-        options = ["--examples", source, "--k", "6", "--per", "source", "--output", f"{order}{suffix}"]
-        code, output = invoke("select", str(table), *options, cwd=tmp_path)
-        assert code == 0, output
-        rows = list((FilesPool if suffix == ".jsonl" else ParquetPool)(tmp_path / f"{order}{suffix}").rows())
-        assert Counter(row["source"] for row in rows) == {"a": 3, "b": 3}
-        for row in rows:
-            given = examples[row["n"]]
-            assert (row["id"], row["instruction"], row["source"]) == (given["id"], given["question"], given["source"])
-            assert row["licence"] == given.get("licence")
-            assert row["tokens"] > 0
-            assert not {"question", "input"} & row.keys()
-    assert (tmp_path / f"same{suffix}").read_bytes() == (tmp_path / f"reversed{suffix}").read_bytes()
-
-
-def test_schema_of_rows_holds_their_values() -> None:
-    rows: list[dict[str, Any]] = [
-        {"a": n, "b": str(n), "c": None, "d": n, "e": {"x": 1}, "f": [{}]} for n in range(1500)
-    ]
-    rows += [{"a": 0.5, "c": [1], "d": "text"}, {"e": {"y": "z"}}]
-    schema = schema_of_rows(iter(rows))
-    expected = {"a": pa.float64(), "b": pa.string(), "c": pa.list_(pa.int64())}
-    assert {name: schema.field(name).type for name in expected} == expected
-    assert set(schema.names) == {"a", "b", "c", "e"}  # no type holds the others, or Parquet has none
-    table = pa.Table.from_pylist(rows, schema)
-    assert table.column("e")[-1].as_py() == {"x": None, "y": "z"}
-
-
-def test_pool_is_any_data_file(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"instruction": f"Do {n}.", "output": str(n), "s": n / 4, "t": n + 1} for n in range(8)
-    ]
-    text = "\n".join(map(json.dumps, rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "a.csv").write_text(
-        "instruction,output,s,t\n" + "".join(f"Do {n}.,{n},{n / 4},{n + 1}\n" for n in range(8))
-    )
-    (tmp_path / "shards").mkdir()
-    for part in range(2):
-        (tmp_path / "shards" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows[4 * part : 4 * part + 4])))
-    for number, pool in enumerate(("a.json", "a.jsonl.gz", "a.csv", "shards", "shards/*.jsonl")):
-        for options, chosen in (
-            (["--k", "2"], {"6", "7"}),
-            (["--tokens", "21", "--token-column", "t"], {"5", "6", "7"}),
-        ):
-            out = f"{number}-{len(chosen)}.jsonl"
-            code, output = invoke("select", pool, "--by", "s", *options, "--output", out, cwd=tmp_path)
-            assert code == 0, output
-            assert {row["output"] for row in FilesPool(tmp_path / out).rows()} == chosen
-            assert ", s 1." in output
 
 
 def test_exported_prompts_are_compared(tmp_path: Path) -> None:
