@@ -464,6 +464,17 @@ def test_trained_model_names_the_end_of_its_turns(tiny_llama: Path, tmp_path: Pa
     assert set(json.loads((part / "generation_config.json").read_text())["eos_token_id"]) == ends
 
 
+def test_training_keeps_sampling_of_generation_config(tiny_llama: Path, tmp_path: Path) -> None:
+    """Vicuna and the first Llama 2 have a temperature without do_sample."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    sampling = {"temperature": 0.9, "top_p": 0.6}
+    (model / "generation_config.json").write_text(json.dumps(sampling | {"pad_token_id": 0, "eos_token_id": 2}))
+    (model / "fingerprint.json").unlink(missing_ok=True)
+    part = sft(tmp_path / "stage", model, 0, 1, program=killed_jobs.SFT)  # with checkpoints
+    saved = json.loads((part / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in ("temperature", "top_p", "do_sample")} == sampling | {"do_sample": None}
+
+
 def test_stale_compilation_lock_blocks_no_training(trained: Path, extensions: Path) -> None:
     assert trained.is_dir()
     lock = extensions / "deepspeed_shm_comm" / "lock"
