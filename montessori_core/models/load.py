@@ -246,13 +246,18 @@ def load_with_tokenizer(model: str, dtype: Any) -> tuple["PreTrainedTokenizerBas
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
-    """Check that the model's vocabulary includes all tokens of the tokenizer.
+    """Check that the model's vocabulary includes all tokens that a text may have.
+
+    Special tokens that the chat template does not name are in no text, such as that of images in Gemma 3 270M and 1B.
 
     Raises:
         UserError: it does not.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
+    text = f"{tokenizer.bos_token}{tokenizer.eos_token}{tokenizer.pad_token}{tokenizer.chat_template}"
+    added = tokenizer.added_tokens_decoder.items()
+    unused = [number for number, token in added if number >= vocabulary and token.special and token.content not in text]
+    if len(tokenizer) - len(unused) > vocabulary:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model has {vocabulary}: they do not belong together; put "
             "the model's own tokenizer files into its folder"

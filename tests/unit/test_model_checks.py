@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,7 +24,7 @@ from flows.measurement import Measurement, opened_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_example
-from montessori_core.models.load import load_tokenizer
+from montessori_core.models.load import check_tokenizer, load_tokenizer, load_with_tokenizer
 from montessori_core.models.positions import check_positions, positions_of
 from montessori_core.models.rendering import text_beginning
 from montessori_core.models.templates import check_template, with_template
@@ -171,6 +172,32 @@ def test_tokenizer_of_wrong_class_is_refused(tiny_llama: Path, tmp_path: Path, m
         load_tokenizer(str(model))
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     load_tokenizer(str(model))
+
+
+def test_tokens_of_images_may_exceed_the_vocabulary(tiny_llama: Path, tmp_path: Path) -> None:
+    """The tokenizer of the text models Gemma 3 270M and 1B has the larger models' token for images."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(model)
+    loaded, student = load_with_tokenizer(str(model), torch.float32)
+    assert len(loaded) == student.config.vocab_size + 1
+    example = encode_example(loaded, "What is <image_soft_token>?", "A token.", 64)
+    assert max(example.input_ids) < student.config.vocab_size
+    loaded.chat_template = f"{loaded.chat_template}{{% if images %}}<image_soft_token>{{% endif %}}"
+    with pytest.raises(UserError, match="they do not belong together"):
+        check_tokenizer(loaded, student)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_beyond_the_vocabulary_are_refused(special: bool, tiny_llama: Path) -> None:
+    loaded, student = load_with_tokenizer(str(tiny_llama), torch.float32)
+    if special:
+        loaded.add_special_tokens({"pad_token": "<pad>"})
+    else:
+        loaded.add_tokens(["<word>"])
+    with pytest.raises(UserError, match=r"has 4097 tokens, but the model has 4096: they do not belong together"):
+        check_tokenizer(loaded, student)
 
 
 def test_tags_of_transformers_are_known(tiny_llama: Path, tmp_path: Path) -> None:
