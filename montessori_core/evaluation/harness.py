@@ -128,7 +128,13 @@ def _open_chat_model(path: str, settings: programs.Harness) -> Any:
     check_tokenizer(tokenizer, model)
     model.generation_config.eos_token_id = sorted(end_tokens(tokenizer, model.generation_config))
     tokenizer.chat_template = dated_template(tokenizer)
-    return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
+    return ChatModel(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
+        device=str(device),
+        add_bos_token=False if settings.chat_template else None,  # the template writes it
+    )
 
 
 def _open_manager(folder: Path | None) -> Any:

@@ -1,5 +1,6 @@
 """Tokenize rows of programs and human-written tasks for the student."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ from montessori_core.data.rows import EarlierTurn, ExampleRow, TrainingRow
 from montessori_core.data.sources import Task
 from montessori_core.errors import DataError
 from montessori_core.models.chat import Encoded, encode_example
+
+log = logging.getLogger(__name__)
 
 
 def encode_row(tokenizer: Any, row: TrainingRow, max_length: int, name: str) -> Encoded:
@@ -29,7 +32,7 @@ def encode_task(tokenizer: Any, task: Task, max_length: int, demonstration: Sequ
 
 
 def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
-    """Tokenize human-written tasks for the student; `field` names the set in errors.
+    """Tokenize human-written tasks for the student; `field` names the set in errors and in a warning of cut ones.
 
     Raises:
         DataError: a task has no response token within `max_length`.
@@ -40,5 +43,10 @@ def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str)
         raise DataError(
             f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "
             f"{empty[0]}; raise max_length or shorten them"
+        )
+    if cut := sum(example.truncated for example in encoded):
+        log.warning(
+            "%s: the end of %d of %d examples is beyond student.max_length=%d tokens, and is cut; see montessori data check",
+            *(field, cut, len(tasks), max_length),
         )
     return encoded

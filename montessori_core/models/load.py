@@ -88,6 +88,7 @@ def load_model(model: str, dtype: Any, quantization: str | None = None) -> "PreT
         raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
     check_loaded(model, len(loaded.state_dict()), info)
     _check_tied(model, loaded)
+    _freeze(loaded)
     if quantization is not None:
         _keep_gradients(loaded)
     counted: PreTrainedModel = flops.count(loaded)
@@ -120,6 +121,21 @@ def _keep_gradients(quantized: "PreTrainedModel") -> None:
     for layer in quantized.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def _freeze(loaded: "PreTrainedModel") -> None:
+    """Freeze the parameters that the model's class freezes, such as the routing bias of Ernie 4.5's experts.
+
+    transformers (5.24) lets every loaded parameter require a gradient, except under ZeRO-3.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        defined = type(loaded)(loaded.config)
+    for name, parameter in defined.named_parameters():
+        if not parameter.requires_grad:
+            loaded.get_parameter(name).requires_grad_(False)
 
 
 def _check_tied(model: str, loaded: "PreTrainedModel") -> None:
@@ -246,13 +262,18 @@ def load_with_tokenizer(model: str, dtype: Any) -> tuple["PreTrainedTokenizerBas
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
-    """Check that the model's vocabulary includes all tokens of the tokenizer.
+    """Check that the model's vocabulary includes all tokens that a text may have.
+
+    Special tokens that the chat template does not name are in no text, such as that of images in Gemma 3 270M and 1B.
 
     Raises:
         UserError: it does not.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
+    text = f"{tokenizer.bos_token}{tokenizer.eos_token}{tokenizer.pad_token}{tokenizer.chat_template}"
+    added = tokenizer.added_tokens_decoder.items()
+    unused = [number for number, token in added if number >= vocabulary and token.special and token.content not in text]
+    if len(tokenizer) - len(unused) > vocabulary:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model has {vocabulary}: they do not belong together; put "
             "the model's own tokenizer files into its folder"

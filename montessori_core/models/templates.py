@@ -23,7 +23,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML without a system turn of its own."""
+"""ChatML without a system turn of its own; for a tokenizer that adds a begin token, it follows that token."""
 LLAMA3_STYLE_TEMPLATE = (
     # Paper, Figure 7: for models without a chat template.
     "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}{% else %}{% set offset = 0 %}{% endif %}"
@@ -96,12 +96,26 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
         check_template(folder)
         return None
     template = _own_template(folder)
-    if section.chat_template is not None:
-        template = _NAMED.get(section.chat_template) or _read_template(section.chat_template, setting)
+    if section.chat_template in _NAMED:
+        template = ("{{ bos_token }}" if _adds_begin_token(folder) else "") + _NAMED[section.chat_template]
+    elif section.chat_template is not None:
+        template = _read_template(section.chat_template, setting)
     if unknown := [name for name in variables if not name.isidentifier() or name not in template]:
         raise UserError(f"{setting}.chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
     _check_syntax(template, section.chat_template or str(folder))
     return "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in variables.items()) + template
+
+
+def _adds_begin_token(folder: Path) -> bool:
+    """Return whether a model's tokenizer begins a text with its begin token.
+
+    transformers does as tokenizer.json says, whatever add_bos_token is.
+    """
+    begin = (read_json(folder / "tokenizer_config.json") or {}).get("bos_token")
+    name = begin["content"] if isinstance(begin, dict) else begin
+    processor = (read_json(folder / "tokenizer.json") or {}).get("post_processor") or {}
+    firsts = [step["single"][0] for step in processor.get("processors", [processor]) if step.get("single")]
+    return name in [first["SpecialToken"]["id"] for first in firsts if "SpecialToken" in first]
 
 
 def _read_template(file: str, setting: str) -> str:

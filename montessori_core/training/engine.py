@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from montessori_core.config import Optimization, Zero
 from montessori_core.errors import UserError
@@ -235,6 +242,18 @@ class KeepCallback(TrainerCallback):
             _save_model(self._trainer, self._tokenizer, self._folder / f"step-{state.global_step:07d}")
 
 
+class _PublishedGeneration(GenerationConfig):
+    """A model's generation config that can be saved as it was published.
+
+    transformers changes its padding token, and then refuses to save fields without effect, such as Vicuna's temperature
+    without do_sample: at the first checkpoint, or at the end of the training.
+    """
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Warn only."""
+        super().validate(False, user_set_attributes)
+
+
 def train(trainer: Any, model: Path, checkpoints: Path) -> None:
     """Train, or resume from the last complete checkpoint: with the same data order and the same result.
 
@@ -243,6 +262,7 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
         model: the folder of that model.
         checkpoints: checkpoint folder of this training.
     """
+    trainer.model.generation_config.__class__ = _PublishedGeneration
     trainer.add_callback(FiniteCallback())
     trainer.add_callback(SingleProcessCallback(trainer))
     if trainer.is_world_process_zero():

@@ -25,6 +25,19 @@ def trained_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
+def frozen_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return name and full value of all other parameters that are saved with a model: none for a LoRA model.
+
+    All processes must read them.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad and not hasattr(engine.module, "peft_config"):
+            with GatheredParameters(parameter):
+                yield name, parameter.detach().float()
+
+
 def full_fp32(engine: Any, parameter: torch.nn.Parameter, state: str | None = None) -> torch.Tensor:
     """Return the full fp32 master of a parameter, or its AdamW state, for any ZeRO stage. All processes must call it.
 
@@ -50,13 +63,17 @@ def full_fp32(engine: Any, parameter: torch.nn.Parameter, state: str | None = No
 def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
     """Gather the fp32 masters in rank 0's host memory; other ranks return nothing. All processes must call it.
 
-    For a LoRA model these are the adapter's matrices. The result includes the buffers that are saved with a model.
+    For a LoRA model these are the adapter's matrices. The result includes the frozen parameters and buffers that are saved
+    with a model.
     """
     masters = {}
     for name, parameter in trained_parameters(engine):
         master = full_fp32(engine, parameter)
         if torch.distributed.get_rank() == 0:
             masters[name] = master.cpu()
+    for name, value in frozen_parameters(engine):
+        if torch.distributed.get_rank() == 0:
+            masters[name] = value.cpu().clone()
     if torch.distributed.get_rank() == 0:
         saved = engine.module.state_dict().keys()
         masters |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in saved}

@@ -20,7 +20,9 @@ from montessori_core.evaluation import harness
 from montessori_core.evaluation.harness import open_harness, open_items
 from montessori_core.evaluation.scores import item_scores, mean_over_seeds, score
 from montessori_core.files import read_json, write_json
+from montessori_core.models.control_tokens import encode_rendered
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.rendering import render_prompt, text_beginning
 from montessori_core.program import Row
 from montessori_core.programs import Harness, NoSettings
 from support import ROOT
@@ -150,7 +152,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[int]]]:
     def load(path: str, dtype: Any) -> Any:
         model = load_model(path, dtype)
         model.register_forward_pre_hook(
-            lambda _, args, kw: inputs[Path(path).name].append(kw["input_ids"][0].tolist()), with_kwargs=True
+            lambda _, args, kw: inputs[Path(path).name].append([*args, kw.get("input_ids")][0][0].tolist()),
+            with_kwargs=True,
         )
         return model
 
@@ -191,6 +194,27 @@ def test_chat_prompts_have_text_and_fixed_date(
     assert re.search(
         r"<\|im_start\|>user\n.*\d.*<\|im_end\|>\n26 Jul 2024<\|im_start\|>assistant\n$", prompt, re.DOTALL
     )
+
+
+def test_chat_prompts_begin_as_in_training(
+    tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
+) -> None:
+    """A begin token that the chat template does not write is not added, though the tokenizer adds it to plain text."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tokenizer: Any = load_tokenizer(str(model))
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(model)
+    assert text_beginning(load_tokenizer(str(model))) == "<|endoftext|>"
+    for benchmark in ("own_sums", "own_capitals"):
+        row = {"benchmark": benchmark, "task": benchmark, "item": 1, "shots": 0}
+        program = open_harness(Harness(batch_size=1, chat_template=True), {"model": model, "tasks": tasks})
+        as_compute(program)([row], tmp_path / f"{benchmark}.parquet", print)
+        question = {"own_sums": "1 plus 2 is", "own_capitals": "The capital of Italy is"}[benchmark]
+        expected, _ = encode_rendered(tokenizer, render_prompt(tokenizer, question).rstrip())
+        for ids in read[model.name]:
+            assert len(ids) == 1 or ids[: len(expected)] == expected
+        read.clear()
 
 
 @pytest.mark.parametrize(

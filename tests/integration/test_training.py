@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
+    MixtralConfig,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from cluster.fanout import ShardsFailed
 from cluster.stage import RowClock
@@ -462,6 +469,46 @@ def test_trained_model_names_the_end_of_its_turns(tiny_llama: Path, tmp_path: Pa
     assert tokenizer.eos_token == "<|endoftext|>"
     part = sft(tmp_path / "stage", model, 0, 1)
     assert set(json.loads((part / "generation_config.json").read_text())["eos_token_id"]) == ends
+
+
+def test_training_keeps_sampling_of_generation_config(tiny_llama: Path, tmp_path: Path) -> None:
+    """Vicuna and the first Llama 2 have a temperature without do_sample."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    sampling = {"temperature": 0.9, "top_p": 0.6}
+    (model / "generation_config.json").write_text(json.dumps(sampling | {"pad_token_id": 0, "eos_token_id": 2}))
+    (model / "fingerprint.json").unlink(missing_ok=True)
+    part = sft(tmp_path / "stage", model, 0, 1, program=killed_jobs.SFT)  # with checkpoints
+    saved = json.loads((part / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in ("temperature", "top_p", "do_sample")} == sampling | {"do_sample": None}
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "program"),
+    [
+        (0, 1, programs.SFT),
+        pytest.param(2, 1, BF16_SFT, marks=pytest.mark.slow),
+        pytest.param(3, 2, programs.SFT, marks=pytest.mark.slow),
+    ],
+)
+def test_trained_model_keeps_frozen_parameters(
+    tiny_llama: Path, tmp_path: Path, stage: int, processes: int, program: Program[programs.Sft]
+) -> None:
+    """Ernie 4.5 keeps the routing bias of its experts as a parameter that is not trained."""
+    tokenizer, ends = load_tokenizer(str(tiny_llama)), {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
+    config = Ernie4_5_MoeConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes, **experts, **ends)
+    model = AutoModelForCausalLM.from_config(config)
+    biases = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for bias in biases.values():
+        bias.copy_(torch.arange(bias.numel()).reshape(bias.shape) / 4)
+    model.save_pretrained(tmp_path / "ernie")
+    tokenizer.save_pretrained(tmp_path / "ernie")
+    part = sft(tmp_path / "stage", tmp_path / "ernie", stage, processes, program=program)
+    parameters = dict(load_model(str(part), torch.float32).named_parameters())
+    assert {name for name, p in parameters.items() if not p.requires_grad} == biases.keys() != set()
+    assert load_moments(part).first.keys() == parameters.keys() - biases.keys()
+    assert all(torch.equal(parameters[name], bias) for name, bias in biases.items())
 
 
 def test_stale_compilation_lock_blocks_no_training(trained: Path, extensions: Path) -> None:

@@ -17,7 +17,7 @@ from montessori_core.data.sources import Task
 from montessori_core.errors import UserError
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.control_tokens import encode_plain, encode_rendered, mark_control_tokens
-from montessori_core.models.examples import encode_task
+from montessori_core.models.examples import encode_task, encode_tasks
 from montessori_core.models.load import load_tokenizer
 from montessori_core.models.rendering import end_of_turn, render_conversation, render_prompt
 from montessori_core.models.templates import LLAMA3_STYLE_TEMPLATE
@@ -308,6 +308,16 @@ def test_long_examples_are_truncated_and_flagged(tokenizer: Any) -> None:
     assert short.input_ids == whole.input_ids[:-3]
     nothing_left = encode_example(tokenizer, "Count. " * 50, "one", 40)
     assert nothing_left.response_tokens == 0
+
+
+def test_cut_reference_examples_are_counted(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tasks = [Task("short", "Count.", "one"), Task("long", "Count.", "one two three " * 30)]
+    encode_tasks(tokenizer, tasks, 512, "reference")
+    assert not caplog.messages
+    encode_tasks(tokenizer, tasks, 64, "reference")
+    assert caplog.messages == [
+        "reference: the end of 1 of 2 examples is beyond student.max_length=64 tokens, and is cut; see montessori data check"
+    ]
 
 
 def test_marked_part_does_not_change_other_parts() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,8 +24,9 @@ from flows.measurement import Measurement, opened_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_example
-from montessori_core.models.load import load_tokenizer
+from montessori_core.models.load import check_tokenizer, load_tokenizer, load_with_tokenizer
 from montessori_core.models.positions import check_positions, positions_of
+from montessori_core.models.rendering import text_beginning
 from montessori_core.models.templates import check_template, with_template
 from support.runs import invoke
 from tasks.run import open_run
@@ -172,6 +174,32 @@ def test_tokenizer_of_wrong_class_is_refused(tiny_llama: Path, tmp_path: Path, m
     load_tokenizer(str(model))
 
 
+def test_tokens_of_images_may_exceed_the_vocabulary(tiny_llama: Path, tmp_path: Path) -> None:
+    """The tokenizer of the text models Gemma 3 270M and 1B has the larger models' token for images."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(model)
+    loaded, student = load_with_tokenizer(str(model), torch.float32)
+    assert len(loaded) == student.config.vocab_size + 1
+    example = encode_example(loaded, "What is <image_soft_token>?", "A token.", 64)
+    assert max(example.input_ids) < student.config.vocab_size
+    loaded.chat_template = f"{loaded.chat_template}{{% if images %}}<image_soft_token>{{% endif %}}"
+    with pytest.raises(UserError, match="they do not belong together"):
+        check_tokenizer(loaded, student)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_beyond_the_vocabulary_are_refused(special: bool, tiny_llama: Path) -> None:
+    loaded, student = load_with_tokenizer(str(tiny_llama), torch.float32)
+    if special:
+        loaded.add_special_tokens({"pad_token": "<pad>"})
+    else:
+        loaded.add_tokens(["<word>"])
+    with pytest.raises(UserError, match=r"has 4097 tokens, but the model has 4096: they do not belong together"):
+        check_tokenizer(loaded, student)
+
+
 def test_tags_of_transformers_are_known(tiny_llama: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -225,6 +253,40 @@ def test_named_template_has_no_system_turn(tiny_llama: Path, tmp_path: Path) -> 
         "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>"
     )
     assert example.response_tokens == encode_example(own, "Say hello.", "Hello.", 64).response_tokens
+
+
+_BEGIN = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+_TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+_SPECIAL = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+_ADDING = {"type": "TemplateProcessing", "single": [_BEGIN, _TEXT], "pair": [_BEGIN, _TEXT], "special_tokens": _SPECIAL}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+BEGINNINGS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "Gemma": ({}, _ADDING, True),
+    "Llama 3": ({}, {"type": "Sequence", "processors": [_BYTES, _ADDING]}, True),
+    "as a token's settings": ({"bos_token": {"content": "<|endoftext|>", "__type": "AddedToken"}}, _ADDING, True),
+    "setting that is not read": ({"add_bos_token": True}, _BYTES, False),
+    "another token": ({"bos_token": "<|im_start|>"}, _ADDING, False),
+    "no token": ({"bos_token": None}, _ADDING | {"single": [_TEXT]}, False),
+    "Qwen": ({}, _BYTES, False),
+}
+
+
+@pytest.mark.parametrize("case", BEGINNINGS)
+def test_named_template_has_tokenizers_begin_token(case: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """A model that was trained with it reads no text without it."""
+    settings, processor, adds = BEGINNINGS[case]
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    edited = {
+        "tokenizer_config.json": {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", **settings},
+        "tokenizer.json": {"post_processor": processor},
+    }
+    for name, fields in edited.items():
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | fields))
+    used = experiment(tiny_llama, model, chat_template="chatml")
+    (tokenizer,) = (load_tokenizer(str(opened.model.path)) for opened in [open_evaluation(used, tmp_path / "run")[0]])
+    assert bool(text_beginning(tokenizer)) is adds
+    text = tokenizer.decode(encode_example(tokenizer, "Say hello.", "Hello.", 64).input_ids)
+    assert text.startswith("<|endoftext|><|im_start|>user" if adds else "<|im_start|>user")
 
 
 @pytest.mark.parametrize(
