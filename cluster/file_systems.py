@@ -35,8 +35,10 @@ def is_full(error: BaseException) -> bool:
 def node_is_full(folder: Path) -> bool:
     """Return whether the disk of this node's temporary files is full, and is not the one of a shared folder."""
     temporary = os.environ.get("TMPDIR", "/tmp")  # tempfile.gettempdir ignores a folder where it cannot write
-    other = os.stat(temporary).st_dev != os.stat(folder).st_dev
-    return other and shutil.disk_usage(temporary).free < _NEARLY_FULL
+    with suppress(OSError):
+        other = os.stat(temporary).st_dev != os.stat(folder).st_dev
+        return other and shutil.disk_usage(temporary).free < _NEARLY_FULL
+    return False
 
 
 def may_pass(error: BaseException) -> bool:

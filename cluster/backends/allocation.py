@@ -184,9 +184,7 @@ class AllocationBackend(LocalBackend):
         step = self._steps.get(job_id)
         if step is not None and step.returncode == 0:
             return "COMPLETED"  # its results may be visible later, as those of a Slurm job
-        if (
-            step is None and not messages and job_id in self._folders
-        ):  # the step of an earlier driver, awaited by this one
+        if step is None and not messages and job_id in self._folders:  # an earlier driver's, that this one saw alive
             return "the step ended without a result, and without a message of Slurm (COMPLETED, or killed)"
         return messages[-1] if messages else super().exit_reason(job_id)
 
