@@ -287,14 +287,14 @@ class _Driver:
         folder = self._ledger.folder / submission.name
         file = log_file(folder, job_id)
         log_path = str(file if file.exists() else folder)
-        first, kind, reason, opening = undone[0], "", "", False
+        first, reported = undone[0], Failure.none(job_id.split(":")[0])
         for index in undone:
             failure = read_record(self._stage.failure_file(index), Failure)
-            if failure is None or failure.job_id != job_id.split(":")[0]:
-                continue
-            first, kind, reason, opening = index, failure.kind, failure.error, failure.opening
+            if failure is not None and failure.job_id == reported.job_id:
+                first, reported = index, failure
+        kind, reason, opening = reported.kind, reported.error, reported.opening
         node = self._stage.node_of(job_id)
-        if kind in NOT_RETRIED and opening and self._opens_elsewhere(node):
+        if kind == "code_error" and opening and self._opens_elsewhere(node):
             kind = "lost"
         if kind in NOT_RETRIED:
             # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.
@@ -312,9 +312,9 @@ class _Driver:
         self._nodes.count(node, kind, job_id if opening else first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
-            self._failed[first] = ShardFailure(first, kind, reason, log_path)
-            noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": opening, "traceback": ""}
-            write_json(noted | {"error": reason}, self._stage.failure_file(first))
+            self._failed[first] = ShardFailure(first, reported.kind or kind, reason, log_path)
+            noted = reported.model_copy(update={"kind": reported.kind or kind, "error": reason})
+            write_json(noted.model_dump(by_alias=True), self._stage.failure_file(first))
             return
         submission.lost[job_id] = kind
         backoff = self._pause(losses - 1)

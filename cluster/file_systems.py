@@ -33,11 +33,10 @@ def is_full(error: BaseException) -> bool:
 
 
 def node_is_full(folder: Path) -> bool:
-    """Return whether the disk of this node's temporary files is full, and is not the one of a shared folder."""
+    """Return whether the disk of this node's temporary files is full, and that of a shared folder is not."""
     temporary = os.environ.get("TMPDIR", "/tmp")  # tempfile.gettempdir ignores a folder where it cannot write
     with suppress(OSError):
-        other = os.stat(temporary).st_dev != os.stat(folder).st_dev
-        return other and shutil.disk_usage(temporary).free < _NEARLY_FULL
+        return shutil.disk_usage(temporary).free < _NEARLY_FULL <= shutil.disk_usage(folder).free
     return False
 
 

@@ -75,6 +75,13 @@ class Failure(Record):
     error: str
     traceback: str
 
+    @staticmethod
+    def none(job_id: str) -> "Failure":
+        """Return the record of a job that reported no failure."""
+        return Failure.model_validate(
+            {"job_id": job_id, "attempt": "", "class": "", "opening": False, "error": "", "traceback": ""}
+        )
+
 
 class JobStart(Record):
     """The node where a job last started, and how often Slurm had requeued it before."""

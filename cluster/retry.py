@@ -66,7 +66,7 @@ class NodeLosses:
         """Exclude a node after `limit` losses of the stage of this name; 0: none is excluded."""
         self._stage, self._limit = stage, limit
         self._lost: dict[str, set[int | str]] = {}
-        self._not_opened: set[str | None] = set()
+        self._not_opened: set[str] = set()
         self.excluded: frozenset[str] = frozenset()
 
     def count(self, node: str | None, kind: str, shard_or_job: int | str) -> None:
@@ -86,8 +86,9 @@ class NodeLosses:
 
         It may until it fails on a second node: one broken node, which fails first, must not end a stage.
         """
-        self._not_opened.add(node)
-        return len(self._not_opened) == 1 and not others <= {node, None}
+        if node is not None:  # its record may be visible later
+            self._not_opened.add(node)
+        return len(self._not_opened) <= 1 and not others <= {node, None}
 
 
 def allowed_retries(kind: str, infrastructure_retries: int) -> int:

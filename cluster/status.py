@@ -206,7 +206,7 @@ def _find_assigned(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[s
 
 def _has_driver(folder: Path) -> bool:
     """Return whether a driver is known to compute a stage: it drives the stage's run, or the study of the run."""
-    with suppress(SchedulerUnavailable):
+    with suppress(SchedulerUnavailable, OSError):
         return any(driver_of(parent) is not None for parent in folder.parents)
     return False
 

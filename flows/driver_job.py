@@ -62,8 +62,7 @@ def drive_by_job(folder: Path, start: Callable[[], object], command: Sequence[st
         UserError: a process drives the run, sbatch refuses the job, or the job has ended before the run was finished.
     """
     log = get_run_logger()
-    driver = driver_of(folder)
-    if driver is not None and driver.job_name is not None:
+    while (driver := driver_of(folder)) is not None and driver.job_name is not None:
         log.info("an earlier flow run or command has submitted the driver: %s", driver)
         _await_finish(folder)
     start()

@@ -6,13 +6,13 @@ command line, for an opened run.
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, runtime
 from pydantic import Field
 
+from cluster.file_systems import patiently
 from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs
 from flows.driver_job import check_driver_job, drive_by_job, end_driver_job
@@ -48,7 +48,7 @@ def end_jobs_in(folder: Path, cluster: Cluster, flow_run: Any) -> None:
     """End the jobs of the stages in a folder, held jobs, and its driver if the cancelled flow run waits for a Slurm job."""
     if flow_run.parameters.get("submit_driver"):
         end_driver_job(folder)
-    if driver_of(folder) is not None:
+    if patiently(lambda: driver_of(folder), pause=5.0) is not None:
         return  # another process is the driver: this flow run never took the lock
     cancel_jobs(folder, cluster)
 
@@ -87,10 +87,14 @@ def montessori(
     """
     if submit_driver:
         check_driver_job(experiment.cluster, approve)  # before a folder is made
-    if add_iterations:
-        iterations = _total_iterations(run_root() / experiment.name, add_iterations)
-        experiment = experiment.model_copy(update={"iterations": iterations})
-    drive_run(experiment, partial(start_run, experiment), approve, submit_driver)
+
+    def start() -> Run:  # iterations are counted when an earlier driver has ended
+        total = (
+            _total_iterations(run_root() / experiment.name, add_iterations) if add_iterations else experiment.iterations
+        )
+        return start_run(experiment.model_copy(update={"iterations": total}))
+
+    drive_run(experiment, start, approve, submit_driver)
 
 
 def start_run(experiment: Experiment) -> Run:

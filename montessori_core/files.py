@@ -80,15 +80,16 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError: it cannot be read; with a stale handle, several times.
     """
-    for remaining in reversed(range(_STALE_READS)):
+    remaining = _STALE_READS
+    while True:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return None
         except OSError as error:
+            remaining -= 1
             if error.errno != errno.ESTALE or not remaining:
                 raise
-    return None
 
 
 def hash_json(content: Any) -> str:

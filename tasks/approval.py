@@ -54,7 +54,7 @@ def approve_pairs(run: Run) -> Path:
     Raises:
         UserError: no pairs wait for approval.
     """
-    for number, folder in layout.iterations(run.folder).items():
+    for number, folder in layout.iterations(run.folder).items() if needs_approval(run) else ():
         preferences = folder / layout.PREFERENCES
         if preferences.exists() and not _is_approved(run, number, preferences):
             _record(run, number, preferences)

@@ -210,19 +210,19 @@ def _task_folder(run: Run) -> dict[str, Path]:
     return {"tasks": run.benchmark_file("task_folder")} if run.experiment.benchmarks.task_folder else {}
 
 
-def _texts(run: Run) -> dict[str, list[str]]:
-    """Return the texts of the evaluation set and of each benchmark, by name."""
+def _items_by_benchmark(run: Run) -> dict[str, list[tuple[str, str]]]:
+    """Return the task and the text of each item of the evaluation set and of the benchmarks, by their name."""
     benchmarks = run.experiment.benchmarks
-    texts = {"held-out": [f"{task.request}\n{task.response}" for task in run.sources().evaluation]}
+    items = {"held-out": [("", f"{task.request}\n{task.response}") for task in run.sources().evaluation]}
     if benchmarks.tasks:
-        for row in read_table(_items(run), ITEMS, ["benchmark", "text"]).to_pylist():
-            texts.setdefault(row["benchmark"], []).append(row["text"])
+        for row in read_table(_items(run), ITEMS, ["benchmark", "task", "text"]).to_pylist():
+            items.setdefault(row["benchmark"], []).append((row["task"], row["text"]))
     if benchmarks.alpaca_eval is not None:
         outputs = alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))
-        texts["alpaca_eval"] = [output.instruction for output in outputs]
+        items["alpaca_eval"] = [("", output.instruction) for output in outputs]
     if benchmarks.mt_bench is not None:
-        texts["mt_bench"] = ["\n".join(dialogue.questions) for dialogue in _dialogues(run)]
-    return texts
+        items["mt_bench"] = [("", "\n".join(dialogue.questions)) for dialogue in _dialogues(run)]
+    return items
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
@@ -235,10 +235,10 @@ def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
             "benchmark": name,
             "data": "training set",
             "items": len(items),
-            "overlapping": sum(overlapping(items, data, words)),
+            "overlapping": sum(overlapping([text for _, text in items], data, words, [task for task, _ in items])),
             "n": words,
         }
-        for name, items in _texts(run).items()
+        for name, items in _items_by_benchmark(run).items()
     ]
     write_json(counts, path)
     create_table_artifact(counts, description=label)

@@ -88,7 +88,7 @@ class Backend(Protocol):
         ...
 
     def cancel_lost(self, job_id: str, kind: str) -> None:
-        """Make sure that a job does not run again, whose loss has class `kind` (`cluster.retry`)."""
+        """Make sure that a lost job does not run again; `kind` is the class of its loss (`cluster.retry`)."""
         ...
 
 

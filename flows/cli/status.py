@@ -70,8 +70,8 @@ def _print_driver(run: Run, started: bool) -> None:
     log = log_of_driver(run.folder)
     try:
         driver = driver_of(run.folder)
-    except SchedulerUnavailable as error:
-        console.print(f"driver: {error}", soft_wrap=True)
+    except (SchedulerUnavailable, OSError) as error:
+        console.print(f"driver: not known: {error}", soft_wrap=True)
         return
     if driver is not None:
         console.print(f"driver: {driver}", soft_wrap=True)

@@ -97,7 +97,7 @@ class MemoryPlan:
         return self.device <= self.device_limit * USABLE
 
     def check(self, host_limit: int) -> None:
-        """Check that the plan fits the device, and host memory of `host_limit` bytes.
+        """Check that the plan fits the device, and host memory of `host_limit` bytes, after the weights are loaded.
 
         What depends on the data may need less than planned: if only that is too much, there is a warning.
 
@@ -106,11 +106,11 @@ class MemoryPlan:
         """
         limits: list[tuple[Home, int, int, str]] = [
             ("device", self.device, int(self.device_limit * USABLE), _DEVICE_REMEDY),
-            ("host", self.host, host_limit, _HOST_REMEDY),
+            ("host", _peak(self.needs, "host", PHASES), host_limit, _HOST_REMEDY),
         ]
         for home, needed, limit, remedy in limits:
             if needed > limit:
-                phase = max(_LOADING + PHASES, key=lambda phase: _sum(self.needs, home, phase))
+                phase = max(PHASES, key=lambda phase: _sum(self.needs, home, phase))
                 needs = [need for need in self.needs if need.home_while(phase) == home]
                 needs.sort(key=lambda need: -need.size)
                 largest = ", ".join(f"{need.name} {need.size / GB:.1f}" for need in needs[:4])
@@ -118,7 +118,7 @@ class MemoryPlan:
                     f"influence needs {needed / GB:.1f} GB of {home} memory and may use {limit / GB:.1f} GB (the largest, "
                     f"in GB: {largest}); {remedy}; montessori plan --student shows the effect"
                 )
-                if _peak([need for need in self.needs if need.name not in _AT_MOST], home) > limit:
+                if _peak([need for need in self.needs if need.name not in _AT_MOST], home, PHASES) > limit:
                     raise UserError(message)
                 log.warning("with the longest examples, %s", message)
 
@@ -259,5 +259,5 @@ def _sum(needs: Iterable[Need], home: Home, phase: Phase) -> int:
     return sum(need.size for need in needs if need.home_while(phase) == home)
 
 
-def _peak(needs: Sequence[Need], home: Home) -> int:
-    return max(_sum(needs, home, phase) for phase in _LOADING + PHASES)
+def _peak(needs: Sequence[Need], home: Home, phases: tuple[Phase, ...] = _LOADING + PHASES) -> int:
+    return max(_sum(needs, home, phase) for phase in phases)

@@ -236,7 +236,7 @@ class ResidentStudent:
             if square_weight:
                 second = self._second[name]
                 gradient = gradient.to(second.device)
-                ours = second.is_cuda or second.is_pinned()  # other memory may be the caller's
+                ours = second.device.type != "cpu" or second.is_pinned()  # other memory may be the caller's
                 share = square_weight * self._adamw.own_share
                 self._second[name] = torch.addcmul(
                     second, gradient, gradient, value=share, out=second if ours else None

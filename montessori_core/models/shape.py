@@ -77,6 +77,7 @@ def _intermediate(config: Any) -> int:
     if not _experts(config):
         return int(dense)
     expert = getattr(config, "moe_intermediate_size", None) or dense
-    always = getattr(config, "shared_expert_intermediate_size", None) or 0
+    shared = "shared_expert_intermediate_size", "shared_intermediate_size"  # Qwen 2 MoE; Granite MoE
+    always = sum(getattr(config, name, None) or 0 for name in shared)
     always += expert * (getattr(config, "n_shared_experts", None) or 0)
     return int(max(dense if expert != dense else 0, _experts(config) * expert + always))

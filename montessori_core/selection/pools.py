@@ -66,7 +66,10 @@ class Pool(Protocol):
 class FilesPool(Pool):
     """The rows of a file, a glob or a folder, of any kind that data sets have; the cells of CSV are texts.
 
-    A row that lacks a column has null there, as in Parquet. Which columns there are is known at the end of the first pass.
+    A row that lacks a column has null there, as in Parquet.
+
+    Attributes:
+        names: of the columns, in their order; empty before the end of the first pass.
 
     Args:
         path: of the files, or their name if they are given.
@@ -80,11 +83,11 @@ class FilesPool(Pool):
         if files is None:
             raise DataError(f"{path}: expected a data file, a glob, a folder of data files, or a run")
         self._files, self.name = files, str(path)
-        self._names: dict[str, None] = {}  # in their order; empty before the end of the first pass
+        self.names: dict[str, None] = {}
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        if self._names:
-            check_columns(self.name, columns or (), list(self._names))
+        if self.names:
+            check_columns(self.name, columns or (), list(self.names))
         names: dict[str, None] = {}
         for where, row in shard_rows(self._files):
             if isinstance(row, RowError):
@@ -93,7 +96,7 @@ class FilesPool(Pool):
                 raise DataError(f"{where}: expected an object with named fields, found {type(row).__name__}")
             names |= dict.fromkeys(row)
             yield row if columns is None else {name: row.get(name) for name in columns}
-        self._names = names
+        self.names = names
         if names:
             check_columns(self.name, columns or (), list(names))
 
@@ -287,11 +290,13 @@ def data_file(path: Path) -> Path:
 
 
 def column_names(pool: Pool) -> list[str]:
-    """Return the names of a pool's columns; without a schema, those of its first row.
+    """Return the names of a pool's columns; without a schema, those of the last pass over its rows, or of its first row.
 
     Raises:
         DataError: the pool cannot be read.
     """
+    if isinstance(pool, FilesPool) and pool.names:
+        return list(pool.names)
     return pool.schema.names if pool.schema is not None else list(next(pool.rows(), {}))
 
 

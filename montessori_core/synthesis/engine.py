@@ -60,7 +60,13 @@ class Step:
 
 
 class Engine(Protocol):
-    """A loaded model that continues texts."""
+    """A loaded model that continues texts.
+
+    Attributes:
+        positions: number of the model's positions; None if it has no limit.
+    """
+
+    positions: int | None
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
         """Continue every request, in any order.

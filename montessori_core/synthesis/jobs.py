@@ -14,7 +14,6 @@ from montessori_core.data.tables import GENERATION
 from montessori_core.judging.client import Question, open_client
 from montessori_core.models.control_tokens import encode_rendered, hash_vocabulary, mark_control_tokens, split_generated
 from montessori_core.models.load import load_tokenizer
-from montessori_core.models.positions import positions_of
 from montessori_core.models.rendering import render_conversation, render_prompt, render_user_beginning, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
@@ -40,7 +39,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
-    vocabulary, longest = hash_vocabulary(tokenizer), positions_of(inputs["teacher"])
+    vocabulary = hash_vocabulary(tokenizer)
     gpus = Vllm.model_validate_json(inputs["vllm"].read_bytes()) if "vllm" in inputs else Vllm()
     engine = open_engine(settings.engine, model, tokenizer, gpus, settings.engine_options)
     stop = _STOPS.get(form)
@@ -55,7 +54,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
             recorder.finish(position, _records(rows[position], prompt, texts, outputs, vocabulary))
 
         for position, prompt in enumerate(prompts):
-            if longest is not None and len(encode_rendered(tokenizer, prompt)[0]) >= longest:
+            if engine.positions is not None and len(encode_rendered(tokenizer, prompt)[0]) >= engine.positions:
                 samples[position] = [_NO_ROOM] * len(samples[position])
                 finish(position)
         places = [

@@ -42,7 +42,7 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._ends = end_tokens(tokenizer, self._model.generation_config)
         text_config = self._model.config.get_text_config()
-        self._positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self._reading = find_reading(self._model)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
@@ -83,7 +83,7 @@ class TransformersEngine:
     def _has_ended(self, row: "_Row", sampling: Sampling, stop: str | None) -> bool:
         if row.drawn[-1] in self._ends or len(row.drawn) >= sampling.max_tokens:
             return True
-        if len(row.prompt) + len(row.drawn) == self._positions:
+        if len(row.prompt) + len(row.drawn) == self.positions:
             return True
         return stop is not None and stop in self._tokenizer.decode(row.drawn[-_STOP_WINDOW:], skip_special_tokens=True)
 

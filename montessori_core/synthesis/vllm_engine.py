@@ -53,7 +53,7 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '2')) - 1}")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         folder = fetch_model(model)
-        self._weights, self._positions = flops.weights_of(folder), positions_of(folder)
+        self._weights, self.positions = flops.weights_of(folder), positions_of(folder)
         memory = current_platform.get_device_total_memory() if on_gpus else 0  # without CUDA in this process
         self._parallelism = choose_parallelism(ModelSize.of(folder), torch.cuda.device_count(), memory, gpus)
         log.info("vLLM: tensor_parallel %d, data_parallel %d", self._parallelism.tensor, self._parallelism.data)
@@ -101,7 +101,7 @@ class VllmEngine:
 
     def _open(self, longest: int, written: int) -> ModelCopy | ModelCopies:
         """Load the model with room for sequences of these lengths, unless it has."""
-        length = choose_length(longest, written, self._positions, self._setting)
+        length = choose_length(longest, written, self.positions, self._setting)
         if self._copies is not None and length <= self._length:
             return self._copies
         if self._copies is not None:

@@ -212,8 +212,9 @@ def test_chat_prompts_begin_as_in_training(
         as_compute(program)([row], tmp_path / f"{benchmark}.parquet", print)
         question = {"own_sums": "1 plus 2 is", "own_capitals": "The capital of Italy is"}[benchmark]
         expected, _ = encode_rendered(tokenizer, render_prompt(tokenizer, question).rstrip())
-        for ids in read[model.name]:
-            assert len(ids) == 1 or ids[: len(expected)] == expected
+        prompts = [ids for ids in read[model.name] if len(ids) > 1]  # one token at a time is the answer's
+        assert prompts
+        assert all(ids[: len(expected)] == expected for ids in prompts)
         read.clear()
 
 

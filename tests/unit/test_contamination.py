@@ -19,6 +19,17 @@ def test_fixed_text_of_a_prompt_is_not_counted() -> None:
     assert overlapping(items, [questions[7]], 8) == [number == 7 for number in range(40)]
     assert overlapping(items[:2], [items[0][:50]], 8) == [True, True]  # of two items, a phrase may be by chance
     assert overlapping(items[:1] * 3, [questions[0]], 8) == [True] * 3  # equal items have nothing else
+    others = [f"Explain why {question}" for question in questions]
+    of_tasks = overlapping(
+        [*items, *others], ["So what is the correct answer to this question, A or B?"], 8, ["a"] * 40 + ["b"] * 40
+    )
+    assert not any(of_tasks)  # it is in half of all items, but in all of its task
+
+
+def test_passage_of_several_questions_is_counted() -> None:
+    passages = [f"In the year {number} the river rose over its banks and took the mill away." for number in range(50)]
+    items = [f"{passage} {question}?" for passage in passages for question in ("Who", "What", "When", "Why")]
+    assert all(overlapping(items, passages, 8))
 
 
 def runs(words: list[str], length: int) -> set[tuple[str, ...]]:
@@ -29,7 +40,8 @@ def runs(words: list[str], length: int) -> set[tuple[str, ...]]:
 def test_item_overlaps_if_it_shares_consecutive_words(items: list[list[str]], data: list[list[str]], n: int) -> None:
     shares = [runs(item, min(n, len(item))) for item in items]
     counts = Counter(run for share in shares for run in share)
-    own = [{run for run in share if counts[run] < 3} or share for share in shares]
+    fixed = {run for run, count in counts.items() if count >= 3 and count > len(items) / 2}
+    own = [share - fixed or share for share in shares]
     expected = [
         any(share & runs(text, min(n, len(item))) for text in data) for item, share in zip(items, own, strict=True)
     ]
