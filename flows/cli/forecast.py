@@ -59,7 +59,7 @@ def forecast(
 
     run = reopen_run(pilot)
     file = config or pilot / layout.CONFIG
-    experiment = on_cluster(read_experiment(file, tuple(set_ or [])), cluster, file)
+    experiment = on_cluster(read_experiment(file, tuple(set_ or [])), cluster, file, set_ or ())
     differences = costs_may_differ(run.experiment, experiment)
     warn([f"differs from the pilot, whose stages and costs are used nevertheless: {line}" for line in differences])
     machines = [ClusterSpec(count, gpus_per_node, cpus_per_node) for count in nodes or [1]]

@@ -1,5 +1,7 @@
 """Options and checks that several commands share."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +46,17 @@ StageName = Annotated[
 ]
 
 
-def on_cluster(experiment: Experiment, cluster: Path | None, config: Path) -> Experiment:
-    """Replace the cluster section of an experiment by a cluster file."""
+def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Replace the cluster section of an experiment by a cluster file.
+
+    Raises:
+        UserError: an override sets a part of the section.
+    """
     if cluster is None:
         return experiment
+    for override in overrides:
+        if re.match(r"(experiment\.)?cluster\b", override):
+            raise UserError(f"--set {override}: --cluster {cluster} replaces the section cluster; set it in that file")
     content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
     return parse_experiment(content, f"{config} with {cluster}")
 

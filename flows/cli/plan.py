@@ -39,8 +39,13 @@ def plan(
         ),
     ] = "float32",
     max_length: Annotated[
-        int, typer.Option(min=32, help="Tokens of the longest example, or of the longest pair for a teacher.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=32,
+            help="Tokens of the longest example (1,024 if not given), or for a teacher of the longer text of a pair (2,048).",
+            show_default=False,
+        ),
+    ] = None,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
     lora_rank: Annotated[
         int | None,
@@ -62,14 +67,14 @@ def plan(
     lora = Lora(rank=lora_rank) if lora_rank else None
     if teacher is not None:
         _check_options_of_teacher(context)
-        _plan_update(teacher, _parse_update(lora, quantization), max_length, gpu_memory)
+        _plan_update(teacher, _parse_update(lora, quantization), max_length or 2048, gpu_memory)
         return
     if quantization is not None:
         raise UserError("--quantization applies only to --teacher; influence needs all weights of the student")
     assert student is not None
     options: dict[str, Any] = {"estimator": estimator, "dtype": dtype, "state_dtype": state_dtype}
     options |= {"reference_batch_tokens": reference_batch_tokens, "screening": {"estimator": screen}}
-    _plan_measurement(student, lora, parse_options(options), max_length, gpu_memory)
+    _plan_measurement(student, lora, parse_options(options), max_length or 1024, gpu_memory)
 
 
 def _check_options_of_teacher(context: typer.Context) -> None:

@@ -36,7 +36,7 @@ def preview(
     """
     from tasks.preview import preview_run, write_preview
 
-    experiment = on_cluster(read_experiment(config, tuple(set_ or [])), cluster, config)
+    experiment = on_cluster(read_experiment(config, tuple(set_ or [])), cluster, config, set_ or ())
     with cancelled_by_signals(), preview_run(experiment, run_root) as (run, warnings):
         warn(warnings)
         written = write_preview(run, examples)

@@ -30,7 +30,7 @@ def run(
     """Run an experiment. An existing run of the same name is resumed; finished work is not repeated."""
     # Quote the name: it may look like a date or a number.
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
-    experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
+    experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config, overrides)
     if as_job:
         check_driver_job(experiment)
     folder = run_root / experiment.name

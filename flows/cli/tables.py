@@ -195,7 +195,8 @@ def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
     if not plan.fits:
         console.print(
             f"does not fit: what must be on the device needs {plan.device / GB:.1f} GB. Lower "
-            "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or use --dtype bfloat16",
+            "--max-length or, for a run, --reference-batch-tokens (influence.reference_batch_tokens), train LoRA matrices "
+            "(--lora-rank), or use --dtype bfloat16",
             style="red",
         )
 

@@ -63,7 +63,7 @@ def train(
     source = data_source(data, "DATA")
     settings = {"model": student, "revision": None, **template_settings(chat_template, chat_template_kwargs)}
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
-    experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config)
+    experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config, set_ or ())
     warn(idle_gpus(experiment.cluster))
     trained = train_on_data(StudentTraining(experiment, source, save_moments, merge), output, sys.argv[1:])
     counts = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in trained.counts.items())

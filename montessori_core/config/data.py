@@ -53,7 +53,7 @@ class DataSource(Section):
         None,
         min_length=1,
         description="Column that holds the list of turns in the formats messages and sharegpt, or a dotted path to it. If "
-        "not set, the column messages or conversations.",
+        "not set, the column messages, conversations or conversation.",
     )
     turns: Literal["all", "first", "last", "refuse"] = Field(
         "all",

@@ -62,7 +62,7 @@ class StageResources(Section):
     teacher_update: Resources = Field(
         default_factory=lambda stages: stages["training"],
         description="Teacher update. If not set, those of training. The paper's batch of 2 pairs keeps at most two processes "
-        "busy, fewer than a node has GPUs.",
+        "busy (with micro_batch_size 1), fewer than a node has GPUs.",
     )
     influence: Resources = Field(Resources(), description="Local data influence.")
     evaluation: Resources = Field(Resources(), description="Held-out loss and tasks of lm-evaluation-harness.")

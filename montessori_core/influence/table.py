@@ -190,6 +190,6 @@ def domination_warning(summary: Mapping[str, float | int]) -> str | None:
     return (
         f"the example's own gradient decides AdamW's denominator in {share:.0%} of the coordinates (median over examples), "
         "so that it damps the momentum whatever the example says, and influence may follow the gradient's size and the "
-        "response's length; lower influence.example_weight (1/8: the authors' code on 8 GPUs, 1/32: a batch of 32), or "
-        "warm the student up for longer"
+        "response's length; measure on a warm student (montessori influence: --warm-state), after more steps of warm-up, or "
+        "lower the example weight (1/8: the authors' code on 8 GPUs, 1/32: a batch of 32)"
     )

@@ -2,12 +2,14 @@
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.lock import only_driver
+from flows.cli.options import on_cluster
 from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
@@ -282,3 +284,13 @@ def test_opening_keeps_the_job_as_driver(tiny_llama: Path, tmp_path: Path, monke
     monkeypatch.setenv("MONTESSORI_DRIVER_JOB", "montessori-driver-1")
     warnings_of(tmp_path, tiny_llama)
     assert (tmp_path / "run" / "driver.lock").read_text() == record
+
+
+def test_set_beside_cluster_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("profile: local\n")
+    models = {"teacher": {"model": "t"}, "student": {"model": "s"}}
+    experiment = parse_experiment({"name": "x", **models}, "x.yaml")
+    merged = partial(on_cluster, experiment, tmp_path / "cluster.yaml", Path("x.yaml"))
+    assert merged(["seed=1"]).cluster.profile == "local"
+    with pytest.raises(UserError, match="--set cluster.slurm.partition=a: --cluster .* set it in that file"):
+        merged(["cluster.slurm.partition=a"])

@@ -244,7 +244,7 @@ def test_summary_warns_of_dominating_gradients() -> None:
     warning = domination_warning(summarize_influence(influence({"a1": 4.0, "a2": 6.0, "a3": -8.0, "a4": None}), 0.0))
     assert warning is not None
     assert "60% of the coordinates" in warning
-    assert "influence.example_weight" in warning
+    assert "--warm-state" in warning
     assert domination_warning(summarize_influence(influence({"a1": None}), 0.0)) is None
 
 
