@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import fan_out
+from flows.cli.interrupt import interruptible  # noqa: F401 (for processes of these tests)
 from montessori_core.config import Cluster, Resources
 from montessori_core.files import read_json
 from support import squares as local
@@ -121,6 +122,35 @@ def test_interrupted_driver_ends_steps(folder: Path) -> None:
     assert local.jobs_alive(folder / "stage") == 0
     assert rows < len(local.NUMBERS)
     assert all(entry.closed for entry in submissions(folder))
+
+
+@pytest.mark.slow
+def test_second_interrupt_ends_steps(folder: Path) -> None:
+    """The allocation continues, as that of a shell; the driver does not wait for its steps to end."""
+    job = subprocess.run(
+        ["salloc", "--quiet", "--no-shell", "--nodes=2", "--cpus-per-task=4", "--gpus-per-node=2", "--mem=2000"],
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 0, job.stderr
+    [job_id] = queued("--format=%i")
+    call = f"t.interruptible(lambda: t.drive(Path({str(folder)!r}), 60.0), '')"
+    driver = subprocess.Popen(
+        command_of("test_slurm_allocation", call),
+        env=os.environ | {"SLURM_JOB_ID": job_id},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(local.computed(folder)) >= 4, 240)
+    driver.send_signal(signal.SIGINT)
+    assert driver.stdout is not None
+    wait_until(lambda: "interrupted: cancelling" in driver.stdout.readline(), 60)
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    wait_until(lambda: local.jobs_alive(folder / "stage") == 0, 60)
+    assert queued("--states=RUNNING", "--format=%i") == [job_id]
 
 
 def test_job_larger_than_allocation_is_refused(folder: Path) -> None:
