@@ -38,7 +38,7 @@ _CURVE_POINTS = 200
 
 _INTERVAL = (
     "There is one seed: its interval is over the evaluation examples only, and another seed may give another sign.",
-    "The 95 % interval is over seeds and evaluation examples; with few seeds it is too narrow. The spread is the standard "
+    "The 95 % interval is over seeds and evaluation examples, and widened for few seeds. The spread is the standard "
     "deviation of the gain over seeds.",
 )
 """What an interval is: of one seed, and of several."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 _RESAMPLES = 9999
 _CHUNK = 2**24  # resamples times examples at a time: 256 MB
@@ -57,11 +58,14 @@ def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, A
 
 
 def bootstrap_gain(gains: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of a mean gain, by a percentile bootstrap over seeds and, within them, examples.
+    """Return the 95 % interval of a mean gain, by a bootstrap over seeds and, within them, examples.
 
     All seeds are evaluated on the same examples, so a resample draws seeds and, independently of them, examples (the
-    "pigeonhole" bootstrap of Owen, 2007). With one seed, only examples are drawn. Few seeds give an interval that is too
-    narrow: with five, the standard error over seeds is on average underestimated by a tenth.
+    "pigeonhole" bootstrap of Owen, 2007). With one seed, only examples are drawn.
+
+    With several seeds, both half-widths of the percentile interval are stretched for the few seeds: a resample of S seeds
+    has (S - 1) / S of their variance, and Student's t distribution takes the place of the normal. Where only seeds differ
+    and five are run, the percentile interval alone covers 82 % instead of 95 %.
 
     Args:
         gains: [seeds, examples].
@@ -73,8 +77,16 @@ def bootstrap_gain(gains: np.ndarray) -> tuple[float, float]:
     for counts in np.array_split(seed_counts, -(-_RESAMPLES * examples // _CHUNK)):
         example_counts = generator.multinomial(examples, np.full(examples, 1 / examples), size=len(counts))
         totals.append(np.einsum("rs,se,re->r", counts, gains, example_counts, optimize=True))
-    low, high = np.quantile(np.concatenate(totals) / gains.size, [0.025, 0.975])
+    mean = gains.mean()
+    low, high = mean + (np.quantile(np.concatenate(totals) / gains.size, [0.025, 0.975]) - mean) * _stretch(seeds)
     return float(low), float(high)
+
+
+def _stretch(seeds: int) -> float:
+    """Return the factor by which a percentile interval over few seeds is too narrow; 1 for one seed."""
+    if seeds == 1:
+        return 1.0
+    return float(stdtrit(seeds - 1, 0.975) / ndtri(0.975) * math.sqrt(seeds / (seeds - 1)))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

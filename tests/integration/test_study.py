@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from cluster.lock import only_driver
 from cluster.usage import use_of
@@ -207,15 +208,26 @@ def test_interval_of_one_seed_is_over_examples(monkeypatch: pytest.MonkeyPatch) 
     assert bootstrap_gain(gains) == pytest.approx((low, high), rel=1e-12)
 
 
+def test_interval_of_few_seeds_is_students_t() -> None:
+    """Where only seeds differ, the interval is about the t-interval over the seeds' means."""
+    for seeds in ([0.0472, -0.0115, 0.2126, 0.1714, 0.0606], [0.20, 0.31, 0.26]):
+        gains = np.repeat(np.array(seeds)[:, None], 64, axis=1)
+        half_width = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(seeds)
+        low, high = bootstrap_gain(gains)
+        assert high - low == pytest.approx(2 * half_width, rel=0.15)
+        assert low < np.mean(seeds) < high
+
+
 @pytest.mark.slow
-def test_interval_covers_gain_of_other_seeds() -> None:
+@pytest.mark.parametrize(("count", "of_examples"), [(5, 0.05), (5, 0.001), (3, 0.001)])
+def test_interval_covers_gain_of_other_seeds(count: int, of_examples: float) -> None:
     draw = np.random.default_rng(0)
     covered = 0
-    for _ in range(100):
-        seeds, examples = draw.normal(0.0, 0.02, (5, 1)), draw.normal(0.0, 0.05, (1, 64))
-        low, high = bootstrap_gain(seeds + examples + draw.normal(0.0, 0.05, (5, 64)))
+    for _ in range(200):
+        seeds, examples = draw.normal(0.0, 0.02, (count, 1)), draw.normal(0.0, of_examples, (1, 64))
+        low, high = bootstrap_gain(seeds + examples + draw.normal(0.0, of_examples, (count, 64)))
         covered += low < 0.0 < high
-    assert 88 <= covered <= 99  # over examples alone: about 60
+    assert covered >= 182  # 95 % of 200 less three standard errors
 
 
 @pytest.mark.slow
