@@ -220,8 +220,8 @@ def _target_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], cla
     ]
     figure = share_figure(
         "Training examples of the target kind",
-        "Further to the right, more of the instructions that the student was trained on are of the target kind. Intervals "
-        "(Wilson, 95 %) are over the instructions of all seeds.",
+        "Further to the right, more of the instructions that the student was trained on are of the target kind. With "
+        "several seeds, the 95 % intervals are over the seeds; with one, over its instructions (Wilson).",
         dots,
     )
     accuracy = accuracy_text(

@@ -1,6 +1,7 @@
 """Statistics of a study: the gain of each method over the baseline, with intervals."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,3 +107,24 @@ def share_interval(part: int, total: int) -> tuple[float, float]:
 
     interval = binomtest(part, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def share_interval_of_seeds(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Return the 95 % interval of a share over seeds.
+
+    Trials of a seed have its teacher in common, so they are not independent: the interval is Student's over the shares of
+    the seeds. It is never narrower than Wilson's of all trials, as few seeds may have the same share by chance.
+
+    Args:
+        counts: for each seed, successes and trials; without any trial, the interval is 0 to 1.
+    """
+    total = sum(trials for _, trials in counts)
+    if not total:
+        return 0.0, 1.0
+    low, high = share_interval(sum(part for part, _ in counts), total)
+    shares = np.array([part / trials for part, trials in counts if trials])
+    if len(shares) == 1:
+        return low, high
+    mean, error = mean_and_error(shares)
+    half_width = float(stdtrit(len(shares) - 1, 0.975)) * error
+    return min(low, max(0.0, mean - half_width)), max(high, min(1.0, mean + half_width))

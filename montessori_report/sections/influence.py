@@ -338,8 +338,13 @@ def share_of(part: int, examples: int) -> str:
     """Write a share of examples with its 95 % interval (Wilson)."""
     if not examples:
         return UNKNOWN
-    low, high = share_interval(part, examples)
-    return f"{formatting.share(part / examples)} ({formatting.share(low)} to {formatting.share(high)})"
+    return share_text(part / examples, share_interval(part, examples))
+
+
+def share_text(value: float, interval: tuple[float, float]) -> str:
+    """Write a share with its interval."""
+    low, high = map(formatting.share, interval)
+    return f"{formatting.share(value)} ({low} to {high})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
