@@ -74,7 +74,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
                     ]
                 )
             ],
-            introduction="A stage shared by several methods counts in full for each of them.",
+            introduction="A stage shared by several methods counts in full for each of them. The evaluation of the student "
+            "does not count.",
         ),
     ]
     if kind := result.get("kind_classifier"):

@@ -19,7 +19,7 @@ class Outcome:
     Attributes:
         method: name of the method.
         losses: [seeds, examples] held-out loss of each evaluation example, nats per token.
-        seconds: [seeds] total time of the method's jobs, including shared ones.
+        seconds: [seeds] total time of the method's jobs, including shared ones, without the evaluation of its student.
         flops: [seeds] floating-point operations of these jobs, without models behind an API.
     """
 

@@ -408,6 +408,16 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert all(method in (compared / "output.txt").read_text() for method in rows)
 
 
+def test_cost_of_method_leaves_evaluation_out(compared: Path, methods: Path) -> None:
+    result = read_json(compared / "runs" / "tiny-study" / "comparison.json")
+    (row,) = (row for row in result["methods"] if row["method"] == "self_instruct")
+    stages = [path.parent for path in (methods / "self_instruct" / "round-1").rglob("stage.json")]
+    assert "evaluation" in [stage.name for stage in stages]
+    uses = [use_of(stage) for stage in stages if stage.name != "evaluation"]
+    assert row["flops"] == sum(use.flops for use in uses)
+    assert row["job_seconds"] == pytest.approx(sum(use.seconds for use in uses))
+
+
 def test_seed_of_finished_study_needs_no_driver(compared: Path) -> None:
     code, output = invoke("status", "runs/tiny-study/seed-3", cwd=compared)
     assert code == 0, output
