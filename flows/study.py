@@ -29,7 +29,7 @@ from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
-from tasks.run import Run, open_run, take_lock
+from tasks.run import Model, Run, open_run, take_lock
 from tasks.stage import Step, warn
 from tasks.students import train_on_set, train_student
 from tasks.studies import RESULT
@@ -294,7 +294,13 @@ def _compare_with_baseline(baseline: str, run: Run, evaluated: dict[str, Student
 def transfer(run: Run, method: Method, proposal: Proposal) -> StudentEvaluation:
     """Train another student on the data that a method proposed, and evaluate it (Section 5.4)."""
     step = Step(run, run.folder / method.name, f"{method.name}, to {run.folder.name}")
-    return evaluate(step.at("evaluation"), train_on_set(step, proposal.examples))
+    return _evaluate(step, train_on_set(step, proposal.examples))
+
+
+def _evaluate(step: Step, student: Model) -> StudentEvaluation:
+    """Evaluate the student of a method. Its stages do not count for the method's cost: all methods pay the same."""
+    uncounted = replace(step, run=replace(step.run, stages=[]))
+    return evaluate(uncounted.at("evaluation"), student)
 
 
 def train_on_equal_tokens(run: Run, ended: dict[str, Feedback], baseline: str) -> tuple[int, dict[str, Path]]:
@@ -362,6 +368,6 @@ def run_method(run: Run, method: Method) -> Feedback:
         if last and not method.trains_student and proposed < required:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {required}")
         student = proposal.student or train_on_set(step, proposal.examples, not last, proposal.recipe)
-        feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student), feedback)
+        feedback = Feedback(proposal, student, _evaluate(step, student), feedback)
     assert feedback is not None
     return feedback

@@ -15,7 +15,7 @@ from montessori_core.data.tables import REFERENCE_LOSS, read_table
 from montessori_core.errors import UserError
 from montessori_core.evaluation.kinds import KindShare, read_classifier, read_instructions
 from montessori_core.evaluation.scores import mean_over_seeds
-from montessori_core.evaluation.statistics import Outcome, compare_outcomes
+from montessori_core.evaluation.statistics import Outcome, compare_outcomes, share_interval_of_seeds
 from montessori_core.files import write_json
 from montessori_core.program import Row
 from montessori_report.study_page import study_page
@@ -124,7 +124,7 @@ def _add_kind_shares(
     for row in rows:
         shares = [classifier.share(read_instructions(path)[:trained]) for path in proposed[row["method"]]]
         share = KindShare(sum(part.target for part in shares), sum(part.total for part in shares))
-        low, high = share.interval
+        low, high = share_interval_of_seeds([(part.target, part.total) for part in shares])
         values = (share.value, low, high) if classifier.usable else (None, None, None)
         row |= dict(zip(("wanted_kind", "wanted_kind_low", "wanted_kind_high"), values, strict=True))
     return {

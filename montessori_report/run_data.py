@@ -18,7 +18,7 @@ from montessori_core.evaluation.kinds import KindClassifier, KindShare, read_cla
 from montessori_core.files import read_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
-from montessori_core.influence.table import summarize_influence, take_out_length
+from montessori_core.influence.table import LengthLine, summarize_influence
 from montessori_core.synthesis.filtering import funnel
 
 Log = list[dict[str, Any]]
@@ -60,9 +60,13 @@ class InfluenceData:
         return self._measured("influence_student")
 
     @cached_property
-    def values_without_length(self) -> npt.NDArray[np.float64]:
-        """The same without what the number of response tokens explains."""
-        return take_out_length(self.values, self._measured("response_tokens"))
+    def length_line(self) -> LengthLine:
+        """What the number of response tokens explains of the influence of this set."""
+        return LengthLine.fit(self.values, self._measured("response_tokens"))
+
+    def values_at_mean_length(self, line: LengthLine) -> npt.NDArray[np.float64]:
+        """Influence of the measured examples without what a line, of this or another set, explains by their length."""
+        return line.take_out(self.values, self._measured("response_tokens"))
 
     def _measured(self, column: str) -> npt.NDArray[np.float64]:
         measured = self.table.filter(pc.equal(self.table["status"], "ok"))[column]

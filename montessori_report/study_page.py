@@ -38,7 +38,7 @@ _CURVE_POINTS = 200
 
 _INTERVAL = (
     "There is one seed: its interval is over the evaluation examples only, and another seed may give another sign.",
-    "The 95 % interval is over seeds and evaluation examples; with few seeds it is too narrow. The spread is the standard "
+    "The 95 % interval is over seeds and evaluation examples, and widened for few seeds. The spread is the standard "
     "deviation of the gain over seeds.",
 )
 """What an interval is: of one seed, and of several."""
@@ -74,7 +74,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
                     ]
                 )
             ],
-            introduction="A stage shared by several methods counts in full for each of them.",
+            introduction="A stage shared by several methods counts in full for each of them. The evaluation of the student "
+            "does not count.",
         ),
     ]
     if kind := result.get("kind_classifier"):
@@ -220,8 +221,8 @@ def _target_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], cla
     ]
     figure = share_figure(
         "Training examples of the target kind",
-        "Further to the right, more of the instructions that the student was trained on are of the target kind. Intervals "
-        "(Wilson, 95 %) are over the instructions of all seeds.",
+        "Further to the right, more of the instructions that the student was trained on are of the target kind. With "
+        "several seeds, the 95 % intervals are over the seeds; with one, over its instructions (Wilson).",
         dots,
     )
     accuracy = accuracy_text(

@@ -149,11 +149,18 @@ def _join_norm_sim(step: Step, parts: list[Path]) -> Path:
 
 @task(task_run_name="{step.label}: real and synthetic", cache_policy=NO_CACHE, persist_result=False)
 def mix_with_real(step: Step, written: Path, real: int) -> Path:
-    """Write `real` random examples of the reference set and all of `written` to the example table of the step."""
-    draw, path = random.Random(seed_of(step.experiment.seed, _DRAW, "mixture")), step.folder / layout.EXAMPLES
+    """Write `real` random examples of the reference set and all of `written` to the example table of the step.
+
+    They are shuffled, so that the first rows, on which a student within `training.response_tokens` trains, have the same
+    share of real ones.
+    """
+    seed, path = step.experiment.seed, step.folder / layout.EXAMPLES
+    draw = random.Random(seed_of(seed, _DRAW, "mixture"))
     chosen = draw.sample(step.run.sources().reference, real)
     without_prompt = {"prompt_id": "real", "prompt": "", "raw_output": ""}
     rows = [{**task.to_training_row(), **without_prompt, "example_id": f"real-{task.example_id}"} for task in chosen]
     table = pa.concat_tables([table_from_rows(rows, EXAMPLES), read_table(written, EXAMPLES)])
-    write_table(table.combine_chunks(), path, EXAMPLES)
+    order = list(range(table.num_rows))
+    random.Random(seed_of(seed, _DRAW, "order")).shuffle(order)
+    write_table(table.take(order).combine_chunks(), path, EXAMPLES)
     return path

@@ -69,8 +69,12 @@ def thresholds_of(influence: pa.Table, baseline: str) -> Floats:
     """
     if baseline != "prompt":
         return np.full(influence.num_rows, threshold_of(influence, baseline))
-    values = influence["influence_student"].to_numpy()
-    prompts = pc.index_in(influence["prompt_id"], pc.unique(influence["prompt_id"])).to_numpy()
+    return _means_of_prompts(influence["prompt_id"], influence["influence_student"].to_numpy())
+
+
+def _means_of_prompts(prompt_ids: pa.ChunkedArray, values: Floats) -> Floats:
+    """Return [rows] the mean over the finite values of each row's prompt, NaN if there are none."""
+    prompts = pc.index_in(prompt_ids, pc.unique(prompt_ids)).to_numpy()
     measured = np.isfinite(values)
     sums, counts = (np.bincount(prompts[measured], weights, len(values)) for weights in (values[measured], None))
     with np.errstate(invalid="ignore"):
@@ -118,15 +122,21 @@ def standard_errors(measured: pa.Table) -> Floats:
 
 
 def pair_by_utility(utility: pa.Table, settings: Preferences) -> pa.Table:
-    """Return pairs made from another signal than influence, divided at its median (ablations of Table 2); no texts.
+    """Return pairs made from another signal than influence (ablations of Table 2); no texts.
+
+    With the baseline 'prompt' it is divided at the mean of each prompt, as influence is; otherwise at its median, as the
+    student and the null step have no such utility.
 
     Args:
         utility: utility table of the probing set; rows without utility make no pairs.
-        settings: kind of pairs and limits; baseline and margin are of influence alone.
+        settings: kind of pairs, baseline and limits; the margin is of influence alone.
     """
     measured = utility.filter(pc.is_valid(utility["utility"]))
     values: Floats = measured["utility"].to_numpy()
-    thresholds = np.full(len(values), np.median(values) if len(values) else 0.0)
+    if settings.baseline == "prompt":
+        thresholds = _means_of_prompts(measured["prompt_id"], values)
+    else:
+        thresholds = np.full(len(values), np.median(values) if len(values) else 0.0)
     best, worst = _pair(measured, values, thresholds, 0.0, settings)
     return _pairs(measured, ["utility"], *_limit(values, best, worst, settings))
 

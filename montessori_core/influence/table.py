@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -136,16 +137,29 @@ def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> floa
     return abs(first * weight - second / weight)
 
 
-def take_out_length(values: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return influence without what a line over the number of response tokens explains; the mean stays.
+@dataclass(frozen=True)
+class LengthLine:
+    """What the number of response tokens explains of the influence of a set: a line.
 
-    Args:
-        values: [examples] influence.
-        tokens: [examples] response tokens.
+    Attributes:
+        per_token: nats per response token.
+        tokens: mean response tokens of the set.
     """
-    deviations = tokens - tokens.mean()
-    spread = float(deviations @ deviations)
-    return values - deviations * (deviations @ values / spread) if spread else values
+
+    per_token: float
+    tokens: float
+
+    @staticmethod
+    def fit(values: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> "LengthLine":
+        """Fit the line of [examples] influence over [examples] response tokens; flat if all have the same length."""
+        mean = float(tokens.mean()) if len(tokens) else 0.0
+        deviations = tokens - mean
+        spread = float(deviations @ deviations)
+        return LengthLine(float(deviations @ values) / spread if spread else 0.0, mean)
+
+    def take_out(self, values: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the influence that examples of this set, or of another one, would have at the mean length of this set."""
+        return values - self.per_token * (tokens - self.tokens)
 
 
 def describe_influence(summary: Mapping[str, float | int], baseline: str) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from montessori_core import formatting
 from montessori_core.evaluation.statistics import share_interval
 from montessori_core.formatting import UNKNOWN, Unit, count
-from montessori_core.influence.table import domination_warning
+from montessori_core.influence.table import LengthLine, domination_warning
 from montessori_report.figures import (
     AFTER,
     BEFORE,
@@ -255,13 +255,14 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     )
 
 
-def _helpful_without_length(part: InfluenceData) -> str:
-    return share_of(int((part.values_without_length > part.threshold).sum()), len(part.values))
+def _helpful_without_length(part: InfluenceData, line: LengthLine) -> str:
+    return share_of(int((part.values_at_mean_length(line) > part.threshold).sum()), len(part.values))
 
 
 def _explained_by_length(part: InfluenceData) -> str:
     total = float(np.var(part.values)) if len(part.values) else 0.0
-    return formatting.share(1.0 - float(np.var(part.values_without_length)) / total) if total else UNKNOWN
+    rest = float(np.var(part.values_at_mean_length(part.length_line)))
+    return formatting.share(1.0 - rest / total) if total else UNKNOWN
 
 
 def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
@@ -271,11 +272,12 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
     def median(part: InfluenceData, origin: float) -> str:
         return unit.text(float(np.median(part.values)) - origin) if len(part.values) else UNKNOWN
 
+    line = sets[0].length_line  # the probing set's also for the training set, whose responses may all be longer
     rows = [
         row("examples measured", lambda part: count(len(part.values))),
         row("examples excluded", lambda part: count(part.table.num_rows - len(part.values))),
         row("share that helps (better than the threshold)", lambda part: _interval(part, "share_positive")),
-        row("share that helps, adjusted for response length", _helpful_without_length),
+        row("share that helps, adjusted for response length", lambda part: _helpful_without_length(part, line)),
         row("variance of influence that response length explains", _explained_by_length),
         row("share better than the student as it is", lambda part: _interval(part, "share_positive_student")),
         row("share better than the null step", lambda part: _interval(part, "share_positive_null_step")),
@@ -336,8 +338,13 @@ def share_of(part: int, examples: int) -> str:
     """Write a share of examples with its 95 % interval (Wilson)."""
     if not examples:
         return UNKNOWN
-    low, high = share_interval(part, examples)
-    return f"{formatting.share(part / examples)} ({formatting.share(low)} to {formatting.share(high)})"
+    return share_text(part / examples, share_interval(part, examples))
+
+
+def share_text(value: float, interval: tuple[float, float]) -> str:
+    """Write a share with its interval."""
+    low, high = map(formatting.share, interval)
+    return f"{formatting.share(value)} ({low} to {high})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:

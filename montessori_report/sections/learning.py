@@ -9,11 +9,12 @@ import numpy as np
 
 from montessori_core import formatting
 from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.evaluation.statistics import share_interval_of_seeds
 from montessori_core.formatting import UNKNOWN, Unit, count
 from montessori_report.figures import GREY, Figure, Line, Sample, colour_of, dash_of, line_figure
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import InfluenceData
-from montessori_report.sections.influence import INTRODUCTION, distribution_figure, positive_shares, share_of
+from montessori_report.sections.influence import INTRODUCTION, distribution_figure, positive_shares, share_text
 
 
 def learning_section(
@@ -46,7 +47,8 @@ def learning_section(
         )
         introduction = INTRODUCTION.format(unit=unit) + (
             " Here it is that of the training examples of two methods on the warm student of the first iteration, over all "
-            "seeds. Examples above the threshold of the preference pairs are helpful."
+            "seeds. Examples above the threshold of the preference pairs are helpful. With several seeds, the interval of "
+            "their share is over the seeds."
         )
         figures = [_distributions(measured, unit, colours), _batches(measured, batch_size, colours)]
         blocks.append(Block(figures, [_influence_table(measured, unit)]))
@@ -93,9 +95,13 @@ def _influence_table(measured: Mapping[str, Sequence[InfluenceData]], unit: Unit
     rows = []
     for method, parts in measured.items():
         values = np.concatenate([part.values for part in parts])
-        helpful = sum(int((part.values > part.threshold).sum()) for part in parts)
-        mean = unit.text(float(values.mean())) if len(values) else UNKNOWN
-        rows.append([method, count(len(values)), share_of(helpful, len(values)), mean])
+        helpful = [(int((part.values > part.threshold).sum()), len(part.values)) for part in parts]
+        share = mean = UNKNOWN
+        if len(values):
+            interval = share_interval_of_seeds(helpful)
+            share = share_text(sum(part for part, _ in helpful) / len(values), interval)
+            mean = unit.text(float(values.mean()))
+        rows.append([method, count(len(values)), share, mean])
     columns = ["Method", "Examples measured", "Helpful (95 % interval)", f"Mean influence, {unit}"]
     return Table("Influence of training examples", columns, rows)
 

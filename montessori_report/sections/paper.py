@@ -66,8 +66,9 @@ def paper_section(
         "Beside the paper",
         [Block([], tables)],
         introduction="Gain is of this study, in nats per token. The scores are the paper's, of a Llama3-8B student after one "
-        "iteration: compare the order of the methods, not the numbers. Win rates are against self_instruct. The paper's "
-        "times are wall time on eight H100s, spread over all examples.",
+        "iteration: compare the order of the methods, not the numbers. Win rates are against self_instruct. The job "
+        "time here leaves out the evaluation of the student. The paper's times are wall time on eight H100s, spread over "
+        "all examples.",
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from cluster.lock import only_driver
 from cluster.usage import use_of
@@ -207,15 +208,26 @@ def test_interval_of_one_seed_is_over_examples(monkeypatch: pytest.MonkeyPatch) 
     assert bootstrap_gain(gains) == pytest.approx((low, high), rel=1e-12)
 
 
+def test_interval_of_few_seeds_is_students_t() -> None:
+    """Where only seeds differ, the interval is about the t-interval over the seeds' means."""
+    for seeds in ([0.0472, -0.0115, 0.2126, 0.1714, 0.0606], [0.20, 0.31, 0.26]):
+        gains = np.repeat(np.array(seeds)[:, None], 64, axis=1)
+        half_width = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(seeds)
+        low, high = bootstrap_gain(gains)
+        assert high - low == pytest.approx(2 * half_width, rel=0.15)
+        assert low < np.mean(seeds) < high
+
+
 @pytest.mark.slow
-def test_interval_covers_gain_of_other_seeds() -> None:
+@pytest.mark.parametrize(("count", "of_examples"), [(5, 0.05), (5, 0.001), (3, 0.001)])
+def test_interval_covers_gain_of_other_seeds(count: int, of_examples: float) -> None:
     draw = np.random.default_rng(0)
     covered = 0
-    for _ in range(100):
-        seeds, examples = draw.normal(0.0, 0.02, (5, 1)), draw.normal(0.0, 0.05, (1, 64))
-        low, high = bootstrap_gain(seeds + examples + draw.normal(0.0, 0.05, (5, 64)))
+    for _ in range(200):
+        seeds, examples = draw.normal(0.0, 0.02, (count, 1)), draw.normal(0.0, of_examples, (1, 64))
+        low, high = bootstrap_gain(seeds + examples + draw.normal(0.0, of_examples, (count, 64)))
         covered += low < 0.0 < high
-    assert 88 <= covered <= 99  # over examples alone: about 60
+    assert covered >= 182  # 95 % of 200 less three standard errors
 
 
 @pytest.mark.slow
@@ -394,6 +406,16 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert "floating-point operations of one seed" in page
     assert "own:MINE" not in (compared / "output.txt").read_text()
     assert all(method in (compared / "output.txt").read_text() for method in rows)
+
+
+def test_cost_of_method_leaves_evaluation_out(compared: Path, methods: Path) -> None:
+    result = read_json(compared / "runs" / "tiny-study" / "comparison.json")
+    (row,) = (row for row in result["methods"] if row["method"] == "self_instruct")
+    stages = [path.parent for path in (methods / "self_instruct" / "round-1").rglob("stage.json")]
+    assert "evaluation" in [stage.name for stage in stages]
+    uses = [use_of(stage) for stage in stages if stage.name != "evaluation"]
+    assert row["flops"] == sum(use.flops for use in uses)
+    assert row["job_seconds"] == pytest.approx(sum(use.seconds for use in uses))
 
 
 def test_seed_of_finished_study_needs_no_driver(compared: Path) -> None:
@@ -594,15 +616,16 @@ def test_nomad_mixes_real_and_written_examples(methods: Path) -> None:
     """Half is from the reference set, half written by a teacher trained on ten of its examples, without repetitions."""
     folder = methods / "nomad" / "round-1"
     mixed = read_table(folder / "examples.parquet", EXAMPLES).to_pylist()
-    assert [row["prompt_id"] == "real" for row in mixed] == [True] * 3 + [False] * 3
+    real, written = ([row for row in mixed if (row["prompt_id"] == "real") == of_real] for of_real in (True, False))
+    assert (len(real), len(written)) == (3, 3)
     counts = json.loads((folder / "teacher" / "part-00000" / "training_counts.json").read_text())
     assert counts["examples"] == 10
-    real = {row["instruction"] for row in mixed[:3]}
-    assert real < {task.instruction for task in conversations(12)}
-    assert {row["prompt"] for row in mixed[3:]} == {"User:"}
-    assert not {row["instruction"] for row in mixed[3:]} & {task.instruction for task in conversations(12)}
+    reference = {task.instruction for task in conversations(12)}
+    assert {row["instruction"] for row in real} < reference
+    assert {row["prompt"] for row in written} == {"User:"}
+    assert not {row["instruction"] for row in written} & reference
     nearness = read_table(folder / "norm-sim" / "norm-sim.parquet", SIMILARITY)
-    assert nearness["example_id"].to_pylist() == [row["example_id"] for row in mixed[3:]]
+    assert set(nearness["example_id"].to_pylist()) == {row["example_id"] for row in written}
     assert all(0.0 < value < 1.0 for value in nearness["norm_sim"].to_pylist())
 
 

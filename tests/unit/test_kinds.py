@@ -14,6 +14,7 @@ from montessori_core.evaluation.kinds import (
     read_classifier,
     train_classifier,
 )
+from montessori_core.evaluation.statistics import share_interval, share_interval_of_seeds
 
 
 def instructions_of(path: str, field: str, limit: int | None = None) -> list[str]:
@@ -114,6 +115,15 @@ def test_classifier_of_a_run_reads_its_sources(tmp_path: Path) -> None:
     assert classifier is not None
     assert classifier.is_target("Ben has 12 pens. He gives 5 of them away. How many pens does he have left?")
     assert not classifier.is_target("Write a poem about the sea.")
+
+
+def test_interval_of_seeds_includes_their_spread() -> None:
+    """Ten seeds of 24 instructions: Student's t over the shares of the seeds, not Wilson's of 240 instructions."""
+    counts = [(part, 24) for part in (11, 18, 6, 12, 11, 12, 19, 10, 14, 17)]
+    assert share_interval_of_seeds(counts) == pytest.approx((0.422, 0.662), abs=1e-3)
+    assert share_interval_of_seeds(counts[:1]) == share_interval(11, 24)
+    assert share_interval_of_seeds([(12, 24), (12, 24), (0, 0)]) == share_interval(24, 48)  # no spread at all
+    assert share_interval_of_seeds([(1, 24), (23, 24)]) == share_interval_of_seeds([(0, 0)]) == (0.0, 1.0)
 
 
 def test_interval_is_wilsons() -> None:

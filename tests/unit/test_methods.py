@@ -144,6 +144,19 @@ def test_nomad_uses_its_sampling_and_recipe(
     assert mixed["prompt_id"].to_pylist().count("real") == real
 
 
+def test_first_rows_of_nomad_mixture_keep_share(tmp_path: Path) -> None:
+    """A student within `training.response_tokens` trains on the first rows of the table."""
+    run = Run(tmp_path, parse_experiment({"teacher": {"model": "t"}, "student": {"model": "s"}}, "test"))
+    write_reference(run, 30)
+    texts = {"prompt_id": "", "prompt": "User:", "raw_output": "", "instruction": "Count ice.", "response": "Done."}
+    written = [{**texts, "example_id": f"written-{n}", "response_finished": True} for n in range(20)]
+    write_table(table_from_rows(written, EXAMPLES), tmp_path / "written.parquet", EXAMPLES)
+    mixed = nomad.mix_with_real.fn(Step(run, tmp_path, "nomad"), tmp_path / "written.parquet", 20)
+    real = [prompt == "real" for prompt in read_table(mixed, EXAMPLES)["prompt_id"].to_pylist()]
+    assert (len(real), sum(real)) == (40, 20)
+    assert 5 <= sum(real[:20]) <= 15
+
+
 def test_equal_tokens_use_recipe_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, parse_experiment({"teacher": {"model": "t"}, "student": {"model": "s"}}, "test"))
     evaluated, teacher = StudentEvaluation(tmp_path, BenchmarkResult([], None)), Model("t", "0")

@@ -30,6 +30,7 @@ from montessori_core.influence import preferences
 from montessori_core.influence.preferences import (
     pair_across_prompts,
     pair_by_influence,
+    pair_by_utility,
     threshold_of,
     thresholds_of,
     write_preferences,
@@ -134,6 +135,24 @@ def test_prompt_baseline_pairs_around_its_mean() -> None:
     ]
     assert thresholds_of(table, "prompt")[:8].tolist() == [0.25] * 4 + [4.5] * 2 + [-1.0] * 2
     assert np.isnan(thresholds_of(influence({"a1": None}), "prompt")).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"baseline": "prompt"}, [("a2", "a1"), ("b2", "b1")]),
+        ({"baseline": "median"}, []),
+        ({"baseline": "median", "pairs": "across_prompts"}, [("a2", "b1"), ("a1", "b2")]),
+    ],
+)
+def test_utility_is_compared_as_influence_is(settings: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    """Prompt a has higher utility than prompt b: the median lies between them."""
+    utility = pa.table(
+        {"example_id": ["a1", "a2", "b1", "b2"], "prompt_id": ["a", "a", "b", "b"], "utility": [5.0, 6.0, 1.0, 2.0]}
+    )
+    measured, rules = influence({"a1": 5.0, "a2": 6.0, "b1": 1.0, "b2": 2.0}), Preferences.model_validate(settings)
+    for table in (pair_by_utility(utility, rules), pair_by_influence(measured, rules)):
+        assert list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True)) == expected
 
 
 def test_prompt_baseline_ignores_common_momentum() -> None:

@@ -275,6 +275,30 @@ def test_report_takes_response_length_out_of_influence(run: Path, tmp_path: Path
     assert f"variance of influence that response length explains{formatting.share(explained)}" in text
 
 
+def test_report_takes_out_longer_responses_of_update(run: Path, tmp_path: Path) -> None:
+    """A training set whose influence differs only by its longer responses helps no more often than the probing set."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    probed = read_table(folder / "iteration-1" / "influence.parquet", INFLUENCE)
+    rows = probed.to_pylist()
+    measured = [row for row in rows if row["status"] == "ok"]
+    for row in measured:
+        row["influence_student"] += 1e-4 * row["response_tokens"]
+    longer = [dict(row) for row in rows]
+    slope, _ = np.polyfit(*([row[name] for row in measured] for name in ("response_tokens", "influence_student")), 1)
+    for row in longer:
+        if row["status"] == "ok":
+            row["response_tokens"] += 80
+            row["influence_student"] += 80 * slope
+    for name, content in (("influence", rows), ("training-influence", longer)):
+        table = table_from_rows(content, probed.schema)
+        write_table(table, folder / "iteration-1" / f"{name}.parquet", INFLUENCE)
+    text = Page(render_report(folder).html).text
+    ((before, after),) = re.findall(r"adjusted for response length(\d+%) \([^)]*\)(\d+%)", text)
+    assert after == before
+    ((before, after),) = re.findall(r"better than the threshold\)(\d+%) \([^)]*\)(\d+%)", text)
+    assert int(after[:-1]) > int(before[:-1]) + 20
+
+
 def test_report_warns_of_dominating_gradients(run: Path, tmp_path: Path) -> None:
     assert "own gradient decides" not in page_of(run).text
     folder = shutil.copytree(run, tmp_path / "run")

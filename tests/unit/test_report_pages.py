@@ -14,6 +14,7 @@ import pytest
 
 from montessori_core import formatting
 from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.evaluation.statistics import share_interval, share_interval_of_seeds
 from montessori_core.formatting import significant
 from montessori_report import html as pages
 from montessori_report.compare_page import render_runs
@@ -99,6 +100,11 @@ def test_study_page_shows_what_the_teacher_learned(tmp_path: Path) -> None:
     drawn = rows_of(rendered, "learning-influence-of-what-each-method-trains-on-figure-3c")
     for method, values in tables.items():
         assert sum(int(row["examples"]) for row in drawn if row["set"] == method) == sum(map(len, values)) == 78
+    helpful = [(int((values > 0).sum()), len(values)) for values in tables["montessori"]]
+    (low, high), total = share_interval_of_seeds(helpful), sum(part for part, _ in helpful)
+    assert low < share_interval(total, 78)[0]  # the seeds differ
+    share = f"{formatting.share(total / 78)} ({formatting.share(low)} to {formatting.share(high)})"
+    assert f"montessori78{share}" in Page(rendered.html).text
     shares = rows_of(rendered, "learning-share-of-helpful-examples-per-training-batch-figure-3d")
     first = [row for row in shares if row["batch"] == "1"]
     for row in first:
