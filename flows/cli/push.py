@@ -39,6 +39,7 @@ def push(
     environment.
     """
     from montessori_core.export.run_folder import finished_sets, gather
+    from montessori_report.run_page import render_published_report
 
     if private and not to.startswith(_HUB):
         raise UserError("--private needs --to hf://datasets/OWNER/NAME")
@@ -50,6 +51,8 @@ def push(
     exports.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="push-", dir=exports) as temporary:
         gather(sets, Path(temporary), models)
+        report = render_published_report(run_dir, sets[-1].experiment)
+        (Path(temporary) / layout.REPORT).write_text(report.html, encoding="utf-8")
         if target is None:
             _copy(Path(temporary), to, replace)
         else:

@@ -1,4 +1,4 @@
-"""Gather the content of a pushed run: its tables, its last models, its report, and a data card."""
+"""Gather the content of a pushed run but its report: its tables, its last models, and a data card."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def finished_sets(run: Path) -> list[RunSet]:
 
 
 def gather(sets: Sequence[RunSet], folder: Path, with_models: bool = True) -> None:
-    """Fill an empty folder with what is pushed of a run; the files of models are symbolic links.
+    """Fill an empty folder with what is pushed of a run but its report; the files of models are symbolic links.
 
     Args:
         sets: see `finished_sets`.
@@ -67,6 +67,4 @@ def gather(sets: Sequence[RunSet], folder: Path, with_models: bool = True) -> No
         shutil.copytree(trained, target, ignore=UNPUBLISHED, copy_function=os.symlink)
         card = model_card(run, role, number, adapter=is_adapter(trained))
         write_card(card, target)
-    if (run / layout.REPORT).exists():
-        (folder / layout.REPORT).symlink_to(run / layout.REPORT)
     (folder / CARD).write_text(run_card(written, models, form), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from montessori_core.export import remote
 from montessori_core.export.sets import open_set
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.load import load_model
+from montessori_core.processor import processor_name
+from montessori_core.provenance import write_provenance
+from montessori_report.run_page import render_report
 from support import ROOT
 from support.reports import write_run
 from support.runs import invoke
@@ -71,6 +75,38 @@ def test_push_copies_tables_models_and_card(tiny_llama: Path, tmp_path: Path) ->
     assert code == 0
     assert "already there, nothing copied" in output
     assert list((run / "exports").iterdir()) == []
+
+
+def test_push_keeps_the_site_private(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    sections = {
+        "teacher": {"model": str(private / "teacher")},
+        "reference": {"path": str(private / "clients.jsonl")},
+        "judge": {"model": "judge", "base_url": "http://internal.example:8000/v1", "key_variable": "SECRET_NAME"},
+        "cluster": {
+            "slurm": {
+                "account": "secret-account",
+                "setup": ["export TOKEN=secret-token"],
+                "environment": {"PROXY": "secret-proxy"},
+            }
+        },
+    }
+    private.mkdir()
+    (private / "clients.jsonl").write_text('{"instruction": "Add 1 and 1.", "output": "2"}\n' * 3)
+    run, out = write_run(tmp_path / "trial", **sections), tmp_path / "out"
+    write_provenance(run, {"teacher": "1" * 64})
+    render_report(run).write(run / "report.html")
+    own = (run / "report.html").read_text()
+    code, output = push(run, "--to", f"file://{out}")
+    assert code == 0, output
+    hidden = (str(tmp_path), "internal.example", "SECRET_NAME", os.getcwd(), platform.platform())
+    for text in (*hidden, "secret-account", "secret-token", "secret-proxy"):
+        assert text in own
+        assert [name for name, data in content(out).items() if text.encode() in data] == []
+    assert (run / "report.html").read_text() == own
+    pushed = (out / "report.html").read_text()
+    for text in ("PATH/clients.jsonl", "PATH/teacher", "1" * 64, processor_name()):
+        assert text in pushed
 
 
 def test_killed_copy_continues_where_it_was(tmp_path: Path) -> None:
