@@ -46,7 +46,7 @@ def render_published_report(folder: Path, experiment: Experiment) -> Page:
         DataError: a table cannot be read.
     """
     run = read_run_data(folder)
-    settings = published_settings(experiment)
+    settings = published_settings(folder, experiment)
     published = replace(
         run, config=dump_yaml(settings), settings=settings, provenance=published_provenance(run.provenance)
     )

@@ -291,7 +291,7 @@ def _repetition(data: RunSet, command: str) -> str:
         [
             fenced(command, "bash"),
             "with `config.yaml` (settings that differ from the defaults; PATH stands for a folder of the author's "
-            f"machine):\n\n{fenced(dump_yaml(published_changes(data.experiment)), 'yaml')}",
+            f"machine):\n\n{fenced(dump_yaml(published_changes(data.run, data.experiment)), 'yaml')}",
             f"Versions: {escape(versions)}. Revision of Montessori: {escape(revision)}.\n",
         ]
     )

@@ -25,6 +25,12 @@ def configured_on_hub(run: Path, section: Student | Teacher) -> HubModel | None:
     return HubModel(section.model, commit) if commit and is_id(section.model) else None
 
 
+def models_on_hub(run: Path) -> set[str]:
+    """Return the ids of the models that a run read from the hub."""
+    names = (name.rpartition("@")[0] for name in read_json(run / layout.MODEL_COMMITS) or {})
+    return {name for name in names if is_id(name)}
+
+
 def base_on_hub(adapter: Path, run: Path, section: Student | Teacher) -> HubModel | None:
     """Return the base model of an adapter that a run trained; None if it is not on the hub.
 
@@ -42,9 +48,14 @@ def base_on_hub(adapter: Path, run: Path, section: Student | Teacher) -> HubMode
         return HubModel(folder.parent.parent.name.removeprefix("models--").replace("--", "/"), commit)
     if folder.is_absolute() and folder.parent.name == layout.MODELS:  # the configured model with another chat template
         return configured_on_hub(run, section)
-    if is_id(base) and not folder.exists() and (cached := cached_model(base)) is not None:
-        return HubModel(base, cached.name)
-    return None
+    return cached_on_hub(base)
+
+
+def cached_on_hub(model: str, revision: str | None = None) -> HubModel | None:
+    """Return a configured model, if this machine read it from the hub; None if it did not, as of a local folder."""
+    if not is_id(model) or Path(model).exists() or (cached := cached_model(model, revision)) is None:
+        return None
+    return HubModel(model, cached.name)
 
 
 def is_id(model: str) -> bool:

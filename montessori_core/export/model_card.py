@@ -8,17 +8,18 @@ from montessori_core import programs
 from montessori_core.config import DataSource, Experiment, Student, Teacher, dump_yaml
 from montessori_core.data.cards import CARD
 from montessori_core.data.origins import Origin
+from montessori_core.export.hub_models import HubModel, cached_on_hub
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.sets import name_of
-from montessori_core.models.embedded import EMBEDDED
 from montessori_core.models.licences import licence_of
 
 
-def model_header(base: Student | Teacher, tags: Sequence[str], adapter: bool = False) -> str:
+def model_header(trained: Student | Teacher, base: HubModel | None, tags: Sequence[str], adapter: bool = False) -> str:
     """Return the YAML header of a model's card.
 
     Args:
-        base: section of the model that was trained; a local folder is not named.
+        trained: section of the model that was trained.
+        base: that model on the hub; None if it is not there: then it is not named.
         tags: for the hub's search.
         adapter: whether the model is a LoRA adapter.
     """
@@ -27,10 +28,10 @@ def model_header(base: Student | Teacher, tags: Sequence[str], adapter: bool = F
         "pipeline_tag": "text-generation",
         "tags": ["montessori", *tags],
     }
-    if (licence := licence_of(base.model, base.revision)) is not None:
+    if (licence := licence_of(trained.model, trained.revision)) is not None:
         content["license"] = licence
-    if base.model not in EMBEDDED and not Path(base.model).expanduser().exists():
-        content["base_model"] = base.model
+    if base is not None:
+        content["base_model"] = base.id
     return f"---\n{dump_yaml(content)}---\n"
 
 
@@ -61,6 +62,7 @@ def student_card(
         merged: whether the adapter was merged into its base model.
     """
     student = experiment.student
+    base = cached_on_hub(student.model, student.revision)
     name = escape(name_of(student.model))
     rows: list[tuple[str, object]] = [(key.replace("_", " "), value) for key, value in counts.items()]
     rows += [("licence of the data", origin.licence_text)]
@@ -68,7 +70,7 @@ def student_card(
     rows += [("loss of the first step, nats per token", log[0]["loss"])] if log else []
     rows += [("loss of the last step, nats per token", log[-1]["loss"])] if log else []
     parts = [
-        model_header(student, ["sft"], adapter=settings.lora is not None and not merged),
+        model_header(student, base, ["sft"], adapter=settings.lora is not None and not merged),
         f"# {name}, trained on {escape(name_of(data.path))}\n",
         f"{name} after supervised fine-tuning{' of a LoRA adapter' if settings.lora else ''}"
         f"{', merged into it,' if merged else ''} with Montessori; only "

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from montessori_core import layout
 from montessori_core.config import Experiment, Section, dump_yaml, read_experiment
 from montessori_core.errors import DataError, UserError
+from montessori_core.export.hub_models import configured_on_hub
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.model_card import model_header, write_card
 from montessori_core.export.sets import name_of
@@ -98,7 +99,7 @@ def model_card(run: Path, role: Role, iteration: int, adapter: bool) -> str:
     metrics = read_json(run / layout.iteration(iteration) / layout.METRICS) or {}
     counts = (metrics.get("training_counts") or {}).get(role, {})
     parts = [
-        model_header(base, ["sft" if role == "student" else "dpo"], adapter),
+        model_header(base, configured_on_hub(run, base), ["sft" if role == "student" else "dpo"], adapter),
         f"# {escape(experiment.name)}: {role} of iteration {iteration}\n",
         f"{_origin(experiment, role, iteration)} Licence of {escape(name_of(base.model))}: "
         f"{licence_of(base.model, base.revision) or 'not known'}.\n",

@@ -235,7 +235,7 @@ def test_other_files_are_never_touched(tmp_path: Path) -> None:
     (run / "iteration-1" / "metrics.json").write_text(json.dumps({"held_out_loss": {}}))
     code, output = push(run, "--to", f"file://{out}")
     assert code == 1
-    assert "has other contents (README.md); nothing was copied" in output
+    assert "has other contents (README.md, report.html); nothing was copied" in output
     assert push(run, "--to", f"file://{out}", "--replace")[0] == 0
     assert "## Held-out loss" not in (out / "README.md").read_text()
     (out / "mine.txt").write_text("keep")
