@@ -9,7 +9,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from montessori_core.config import Student
 from montessori_core.export.card_scores import Evaluated, add_scores, card_with_scores
 from montessori_core.export.hub_models import HubModel
 from montessori_core.export.model_card import model_header
@@ -20,7 +19,7 @@ SCORES = [
 ]
 EVALUATED = Evaluated("trial", "good.jsonl", "2026-11-28", 96, {"mean": 1.5, "standard_error": 0.03125}, SCORES)
 BASE = HubModel("group/base", "1" * 40)
-CARD = model_header(Student(model=BASE.id), BASE, ["sft"]) + "\n# Base, trained\n\nWords: *kept*.\n"
+CARD = model_header(BASE, "mit", ["sft"]) + "\n# Base, trained\n\nWords: *kept*.\n"
 
 
 def write_card(folder: Path, card: str = CARD) -> Path:

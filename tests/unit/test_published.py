@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from montessori_core.config import DataSource, read_experiment
+from montessori_core.config import DataSource, parse_experiment, read_experiment
 from montessori_core.data.origins import Origin, write_origins
+from montessori_core.export.model_card import student_card
 from montessori_core.export.models import model_card
 from montessori_core.export.published import published_changes, published_settings
 from montessori_core.export.sets import name_of
 from montessori_core.files import write_json
 from support.reports import write_run
+from tasks.students import sft_settings
 
 COMMIT = "1" * 40
 
@@ -83,3 +85,41 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
     assert name_of("acme/clients.jsonl") == "clients.jsonl"
     built_in = experiment.model_copy(update={"reference": DataSource(path="builtin/maths")})
     assert published_settings(run, built_in)["reference"]["path"] == "builtin/maths"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "answers", "student", "declared"),
+    [
+        ("apache-2.0", "updated", "apache-2.0", True),
+        ("llama3", "updated", "apache-2.0", False),
+        (None, "updated", "apache-2.0", False),
+        ("apache-2.0", "endpoint", "apache-2.0", False),
+    ],
+)
+def test_student_declares_licence_that_its_teachers_share(
+    teacher: str | None, answers: str, student: str, declared: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher-model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    (folder / "README.md").write_text(f"---\nlicense: {teacher}\n---\n" if teacher else "")
+    answerer = {"answerer": {"model": "acme/large"}} if answers == "endpoint" else {}
+    sections = {"teacher": {"model": str(folder)}, "synthesis": {"answers": answers}} | answerer
+    run = write_run(tmp_path / "trial", **sections)
+    card = model_card(run, "student", 1, adapter=False)
+    assert header_of(card).get("license") == (student if declared else None)
+    assert f"| student | smollm2-135m | {student} |" in card
+    assert f"| teacher | teacher-model | {teacher or 'not known'} |" in card
+    assert ("| answerer | acme/large (API) | not known |" in card) == (answers == "endpoint")
+    assert ("set `license` in the header before you publish" in card) != declared
+    assert header_of(model_card(run, "teacher", 1, adapter=False)).get("license") == teacher
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", "cc-by-4.0", None])
+def test_trained_student_declares_licence_of_its_data(licence: str | None) -> None:
+    experiment = parse_experiment({"teacher": {"model": "smollm2-135m"}, "student": {"model": "smollm2-135m"}}, "test")
+    settings = sft_settings(experiment, experiment.training, save_moments=False)
+    card = student_card(experiment, DataSource(path="rows.jsonl"), Origin(licence), settings, {}, [])
+    assert header_of(card).get("license") == (licence if licence == "apache-2.0" else None)
+    assert f"| licence of the data | {licence or 'not stated'} |" in card
