@@ -1,9 +1,12 @@
 """The report of a run: one self-contained HTML page and a CSV file per figure."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from montessori_core.config import Experiment, dump_yaml
+from montessori_core.export.published import published_provenance, published_settings
 from montessori_core.formatting import UNKNOWN
 from montessori_report.html import Page, Section, Table, build_page
 from montessori_report.run_data import RunData, missing_parts, read_run_data
@@ -16,6 +19,12 @@ from montessori_report.sections.synthesis import synthesis_section
 from montessori_report.sections.target_kind import target_kind_section, teachers_of
 from montessori_report.sections.training_curves import learning_section
 
+_ALL_SETTINGS = "All settings including defaults. To repeat the run, start another with this config.yaml."
+_PUBLISHED_SETTINGS = (
+    "All settings including defaults, without those that describe the author's site. PATH stands for a folder of the "
+    "author's machine."
+)
+
 
 def render_report(folder: Path) -> Page:
     """Return the report of the run in `folder`, finished or not.
@@ -23,7 +32,29 @@ def render_report(folder: Path) -> Page:
     Raises:
         DataError: a table cannot be read.
     """
+    return _render(read_run_data(folder), _ALL_SETTINGS)
+
+
+def render_published_report(folder: Path, experiment: Experiment) -> Page:
+    """Return the report of the run in `folder` for publication: without local paths and settings that describe a site.
+
+    Args:
+        folder: folder of the run.
+        experiment: its configuration.
+
+    Raises:
+        DataError: a table cannot be read.
+    """
     run = read_run_data(folder)
+    settings = published_settings(folder, experiment)
+    published = replace(
+        run, config=dump_yaml(settings), settings=settings, provenance=published_provenance(run.provenance)
+    )
+    return _render(published, _PUBLISHED_SETTINGS)
+
+
+def _render(run: RunData, note: str) -> Page:
+    """Return the report of a run; `note` says which of its settings are shown."""
     unit = influence_unit([run])
     sections = [
         Section("overview", "Overview", template="overview.html.j2"),
@@ -53,6 +84,7 @@ def render_report(folder: Path) -> Page:
         "examples": examples_of(run, unit),
         "rejections": rejections_of(run.syntheses),
         "provenance": _provenance(run),
+        "settings_note": note,
     }
     return build_page("Montessori report", run.name, facts_of(run), sections, content)
 

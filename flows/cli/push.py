@@ -29,6 +29,7 @@ def push(
         ),
     ],
     models: Annotated[bool, typer.Option(help="Also the last student and teacher.")] = True,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into their base models.")] = False,
     private: Annotated[bool, typer.Option("--private", help="With hf://: create it as a private data set.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace what another push sent there.")] = False,
 ) -> None:
@@ -39,6 +40,7 @@ def push(
     environment.
     """
     from montessori_core.export.run_folder import finished_sets, gather
+    from montessori_report.run_page import render_published_report
 
     if private and not to.startswith(_HUB):
         raise UserError("--private needs --to hf://datasets/OWNER/NAME")
@@ -49,7 +51,9 @@ def push(
     exports = run_dir / layout.EXPORTS
     exports.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="push-", dir=exports) as temporary:
-        gather(sets, Path(temporary), models)
+        gather(sets, Path(temporary), models, merge)
+        report = render_published_report(run_dir, sets[-1].experiment)
+        (Path(temporary) / layout.REPORT).write_text(report.html, encoding="utf-8")
         if target is None:
             _copy(Path(temporary), to, replace)
         else:

@@ -4,19 +4,20 @@ Everything comes from the folder of the run. Names and texts are escaped, and pa
 last part: cards are published.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from montessori_core import layout
-from montessori_core.config import DataSource, Experiment, GroundedStrategy, dump_yaml
+from montessori_core.config import DataSource, GroundedStrategy, dump_yaml
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.origins import Origin, read_origins
 from montessori_core.data.tables import INSTRUCTIONS, read_table
 from montessori_core.export.formats import Format
 from montessori_core.export.markdown import escape, fenced, table
+from montessori_core.export.published import published_changes
 from montessori_core.export.sets import RunSet, name_of
 from montessori_core.files import read_json
 from montessori_core.models.licences import licence_of
@@ -24,7 +25,6 @@ from montessori_core.synthesis.filtering import funnel
 
 _SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M", 1e8: "10M<n<100M"}
 _TYPES = {pa.string(): "string", pa.float64(): "float64", pa.int32(): "int32", pa.bool_(): "bool"}
-_PRIVATE = ("base_url", "key_variable", "cluster")  # settings that describe a site
 _TASKS = {"training": "supervised fine-tuning", "scored": "data selection", "preferences": "preference optimization"}
 _TAGS = {"training": "instruction-tuning", "scored": "data-selection", "preferences": "dpo"}
 _AXOLOTL = {
@@ -291,33 +291,7 @@ def _repetition(data: RunSet, command: str) -> str:
         [
             fenced(command, "bash"),
             "with `config.yaml` (settings that differ from the defaults; PATH stands for a folder of the author's "
-            f"machine):\n\n{fenced(dump_yaml(_settings(data.experiment)), 'yaml')}",
+            f"machine):\n\n{fenced(dump_yaml(published_changes(data.run, data.experiment)), 'yaml')}",
             f"Versions: {escape(versions)}. Revision of Montessori: {escape(revision)}.\n",
         ]
     )
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings that differ from the defaults, without those that describe a site."""
-    content = experiment.model_dump(mode="json", exclude_defaults=True)
-    for name in ("filters", "strategy"):  # the name of an entry is a default too
-        if name in content.get("synthesis", {}):
-            content["synthesis"][name] = experiment.model_dump(mode="json")["synthesis"][name]
-    return dict(_published(content))
-
-
-def _published(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if name not in _PRIVATE:
-            yield name, _shortened(value)
-
-
-def _shortened(value: Any) -> Any:
-    """Return plain data with local paths as PATH and their last part."""
-    if isinstance(value, dict):
-        return dict(_published(value))
-    if isinstance(value, list):
-        return [_shortened(entry) for entry in value]
-    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) and "\n" not in value:
-        return f"PATH/{name_of(value)}"
-    return value

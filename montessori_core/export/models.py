@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 from montessori_core import layout
 from montessori_core.config import Experiment, Section, dump_yaml, read_experiment
 from montessori_core.errors import DataError, UserError
+from montessori_core.export.hub_models import configured_on_hub
 from montessori_core.export.markdown import escape, fenced, table
-from montessori_core.export.model_card import model_header, write_card
+from montessori_core.export.model_card import model_header, shared_licence, write_card
 from montessori_core.export.sets import name_of
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.models.adapters import is_adapter
@@ -97,11 +98,14 @@ def model_card(run: Path, role: Role, iteration: int, adapter: bool) -> str:
     recipe: Section = experiment.training if role == "student" else experiment.teacher_update
     metrics = read_json(run / layout.iteration(iteration) / layout.METRICS) or {}
     counts = (metrics.get("training_counts") or {}).get(role, {})
+    licences = _licences(run, experiment, role)
+    declared = shared_licence([licence for _, _, licence in licences])
+    tags = ["sft" if role == "student" else "dpo"]
     parts = [
-        model_header(base, ["sft" if role == "student" else "dpo"], adapter),
+        model_header(configured_on_hub(run, base), declared, tags, adapter),
         f"# {escape(experiment.name)}: {role} of iteration {iteration}\n",
-        f"{_origin(experiment, role, iteration)} Licence of {escape(name_of(base.model))}: "
-        f"{licence_of(base.model, base.revision) or 'not known'}.\n",
+        f"{_origin(experiment, role, iteration)}\n",
+        f"## Licence\n\n{_licence_section(licences, declared)}",
         f"## Training\n\n{table(('training data', ''), [(key.replace('_', ' '), value) for key, value in counts.items()])}\n"
         f"{fenced(dump_yaml(recipe.model_dump(mode='json')), 'yaml')}",
     ]
@@ -123,6 +127,31 @@ def _origin(experiment: Experiment, role: Role, iteration: int) -> str:
         f"{teacher} after {iteration} update{plural} by DPO with Montessori, to write instructions that help {student} on "
         f"the reference set {escape(name_of(experiment.reference.path))}."
     )
+
+
+def _licences(run: Path, experiment: Experiment, role: Role) -> list[tuple[str, str, str | None]]:
+    """Return role, name and licence of the trained model, and of those that wrote its training data; None if not known."""
+    roles: tuple[Role, ...] = ("student", "teacher") if role == "student" else ("teacher",)
+    rows: list[tuple[str, str, str | None]] = []
+    for part in roles:
+        section = experiment.student if part == "student" else experiment.teacher
+        hub = configured_on_hub(run, section)
+        licence = licence_of(section.model, hub.commit if hub else section.revision)
+        rows.append((part, name_of(section.model), licence))
+    if role == "student" and experiment.answerer is not None:
+        rows.append(("answerer", f"{name_of(experiment.answerer.model)} (API)", None))
+    return rows
+
+
+def _licence_section(licences: list[tuple[str, str, str | None]], declared: str | None) -> str:
+    rows = [(part, name, licence or "not known") for part, name, licence in licences]
+    text = table(("role", "model", "licence"), rows)
+    if declared is None:
+        text += (
+            "\nNo licence is declared here. Those of the trained model and of the models that wrote its training data may "
+            "bind this one; set `license` in the header before you publish.\n"
+        )
+    return text
 
 
 def _scores(metrics: dict[str, Any], role: Role) -> str:

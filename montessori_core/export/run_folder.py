@@ -1,4 +1,4 @@
-"""Gather the content of a pushed run: its tables, its last models, its report, and a data card."""
+"""Gather the content of a pushed run but its report: its tables, its last models, and a data card."""
 
 import os
 import shutil
@@ -7,14 +7,17 @@ from pathlib import Path
 
 from montessori_core import layout
 from montessori_core.data.cards import CARD
-from montessori_core.errors import DataError
+from montessori_core.errors import DataError, UserError
 from montessori_core.export.card import model_path, run_card, set_file
 from montessori_core.export.formats import FORMATS
+from montessori_core.export.hub_models import HubModel, base_on_hub
 from montessori_core.export.model_card import write_card
-from montessori_core.export.models import ROLES, UNPUBLISHED, model_card, model_folder
+from montessori_core.export.models import ROLES, UNPUBLISHED, Role, model_card, model_folder, write_merged
 from montessori_core.export.sets import SETS, RunSet, open_set
 from montessori_core.export.write import write_rows
+from montessori_core.files import read_json, write_json
 from montessori_core.models.adapters import is_adapter
+from montessori_core.models.fingerprints import ADAPTER
 
 
 def finished_sets(run: Path) -> list[RunSet]:
@@ -38,35 +41,64 @@ def finished_sets(run: Path) -> list[RunSet]:
     return present
 
 
-def gather(sets: Sequence[RunSet], folder: Path, with_models: bool = True) -> None:
-    """Fill an empty folder with what is pushed of a run; the files of models are symbolic links.
+def gather(sets: Sequence[RunSet], folder: Path, with_models: bool = True, merge: bool = False) -> None:
+    """Fill an empty folder with what is pushed of a run but its report; the files of models are symbolic links.
 
     Args:
         sets: see `finished_sets`.
         folder: the folder.
         with_models: push the student and the teacher of the last finished iteration too.
+        merge: merge adapters into their base models, in float32.
 
     Raises:
         DataError: a table is damaged.
+        UserError: a model is an adapter of a model that is not on a hub, and is not to be merged.
     """
     form, last = FORMATS["parquet"], sets[-1]
-    run = last.run.resolve()
+    models = _gather_models(last, folder, merge) if with_models else {}
     written = []
     for data in sets:
         path = folder / set_file(data)
         path.parent.mkdir(parents=True, exist_ok=True)
         written.append((data, write_rows(data, form, path).rows))
+    (folder / CARD).write_text(run_card(written, models, form), encoding="utf-8")
+
+
+def _gather_models(last: RunSet, folder: Path, merge: bool) -> dict[str, int]:
+    """Add the models of the last finished iteration to a folder; return the iteration of each, by role."""
+    run = last.run.resolve()
     models: dict[str, int] = {}
-    for role in ROLES if with_models else ():
+    for role in ROLES:
         try:
             trained, number = model_folder(run, role, last.iteration)
         except DataError:  # not every method trains a teacher
             continue
         models[role] = number
         target = folder / model_path(role)
-        shutil.copytree(trained, target, ignore=UNPUBLISHED, copy_function=os.symlink)
-        card = model_card(run, role, number, adapter=is_adapter(trained))
-        write_card(card, target)
-    if (run / layout.REPORT).exists():
-        (folder / layout.REPORT).symlink_to(run / layout.REPORT)
-    (folder / CARD).write_text(run_card(written, models, form), encoding="utf-8")
+        adapter = is_adapter(trained)
+        if adapter and merge:
+            target.mkdir(parents=True)
+            write_merged(trained, target)
+        else:
+            shutil.copytree(trained, target, ignore=UNPUBLISHED, copy_function=os.symlink)
+            if adapter:
+                _name_base(target, base_on_hub(trained, run, getattr(last.experiment, role)), role)
+        write_card(model_card(run, role, number, adapter=adapter and not merge), target)
+    return models
+
+
+def _name_base(folder: Path, base: HubModel | None, role: Role) -> None:
+    """Write the hub's id of an adapter's base model into the settings in a folder, in place of a path of this machine.
+
+    Raises:
+        UserError: the base model is not on a hub.
+    """
+    if base is None:
+        raise UserError(
+            f"the {role} is an adapter of a model that is not on a hub, so nobody else could load it; merge adapters into "
+            "their base models with --merge, or leave the models out with --no-models"
+        )
+    file = folder / ADAPTER
+    settings = read_json(file) | {"base_model_name_or_path": base.id, "revision": base.commit}
+    file.unlink()  # a link to the run's file
+    write_json(settings, file)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from montessori_core import layout
 from montessori_core.config import Experiment, read_experiment
+from montessori_core.data.files import kind_of
 from montessori_core.data.tables import (
     EXAMPLES,
     INFLUENCE,
@@ -187,8 +188,9 @@ def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
 
 
 def name_of(model: str) -> str:
-    """Return a model's name for publication: of a local path only the last part."""
-    return Path(model).name if model.startswith(("/", "~", ".")) or model.count("/") > 1 else model
+    """Return the name of a model or data set for publication: of a path only the last part."""
+    is_path = model.startswith(("/", "~", ".")) or model.count("/") > 1 or kind_of(model)
+    return Path(model).name if is_path else model
 
 
 def _kinds(instructions: pa.ChunkedArray, classifier: KindClassifier | None) -> pa.Array:

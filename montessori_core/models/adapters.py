@@ -20,7 +20,7 @@ def adapted_model(folder: Path) -> str:
 
     One in the folder of models of a run is that of the adapter's run, which may have been copied or moved.
     """
-    model = str(_settings(folder)["base_model_name_or_path"])
+    model = base_of(folder)
     path = Path(model)
     if path.is_absolute() and path.parent.name == layout.MODELS:
         for parent in (folder / ADAPTER).resolve().parents:
@@ -28,6 +28,11 @@ def adapted_model(folder: Path) -> str:
             if (parent / layout.CONFIG).exists() and base.exists():
                 return str(base)
     return model
+
+
+def base_of(folder: Path) -> str:
+    """Return the base model of the adapter in a folder as the adapter's settings name it."""
+    return str(_settings(folder)["base_model_name_or_path"])
 
 
 def adapter_rank(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,17 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
 
 from montessori_core.errors import UserError
 from montessori_core.export import remote
 from montessori_core.export.sets import open_set
+from montessori_core.files import write_json
 from montessori_core.layout import MOMENTS_FILE
-from montessori_core.models.load import load_model
+from montessori_core.models.load import load_merged, load_model, load_tokenizer
+from montessori_core.processor import processor_name
+from montessori_core.provenance import write_provenance
+from montessori_report.run_page import render_report
 from support import ROOT
 from support.reports import write_run
 from support.runs import invoke
@@ -71,6 +77,89 @@ def test_push_copies_tables_models_and_card(tiny_llama: Path, tmp_path: Path) ->
     assert code == 0
     assert "already there, nothing copied" in output
     assert list((run / "exports").iterdir()) == []
+
+
+def test_push_keeps_the_site_private(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    sections = {
+        "teacher": {"model": str(private / "teacher")},
+        "reference": {"path": str(private / "clients.jsonl")},
+        "judge": {"model": "judge", "base_url": "http://internal.example:8000/v1", "key_variable": "SECRET_NAME"},
+        "cluster": {
+            "slurm": {
+                "account": "secret-account",
+                "setup": ["export TOKEN=secret-token"],
+                "environment": {"PROXY": "secret-proxy"},
+            }
+        },
+    }
+    private.mkdir()
+    (private / "clients.jsonl").write_text('{"instruction": "Add 1 and 1.", "output": "2"}\n' * 3)
+    run, out = write_run(tmp_path / "trial", **sections), tmp_path / "out"
+    write_provenance(run, {"teacher": "1" * 64})
+    render_report(run).write(run / "report.html")
+    own = (run / "report.html").read_text()
+    code, output = push(run, "--to", f"file://{out}")
+    assert code == 0, output
+    hidden = (str(tmp_path), "internal.example", "SECRET_NAME", os.getcwd(), platform.platform())
+    for text in (*hidden, "secret-account", "secret-token", "secret-proxy"):
+        assert text in own
+        assert [name for name, data in content(out).items() if text.encode() in data] == []
+    assert (run / "report.html").read_text() == own
+    pushed = (out / "report.html").read_text()
+    for text in ("PATH/clients.jsonl", "PATH/teacher", "1" * 64, processor_name()):
+        assert text in pushed
+
+
+def write_adapter(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Write an adapter with random weights; return the weights of the merged model."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(load_model(str(base), torch.float32), settings).save_pretrained(folder)
+    load_tokenizer(str(base)).save_pretrained(folder)
+    weights: dict[str, torch.Tensor] = load_merged(str(folder), torch.float32).state_dict()
+    return weights
+
+
+def test_adapter_of_local_model_is_merged_or_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "trial"), tmp_path / "out"
+    expected = write_adapter(tiny_llama, run / "iteration-1" / "teacher" / "part-00000")
+    code, output = push(run, "--to", f"file://{out}")
+    assert code == 1
+    assert "teacher is an adapter of a model that is not on a hub" in output
+    assert "--merge" in output
+    assert "--no-models" in output
+    assert not out.exists()
+    code, output = push(run, "--to", f"file://{out}", "--merge")
+    assert code == 0, output
+    pushed = content(out)
+    assert "models/teacher/adapter_config.json" not in pushed
+    assert not any(str(tiny_llama).encode() in data for data in pushed.values())
+    weights = load_model(str(out / "models" / "teacher"), torch.float32).state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert "library_name: transformers" in pushed["models/teacher/README.md"].decode()
+
+
+@pytest.mark.parametrize("templated", [False, True])
+def test_adapter_names_its_base_on_the_hub(tiny_llama: Path, tmp_path: Path, templated: bool) -> None:
+    run, out, commit = write_run(tmp_path / "trial", student={"model": "me/tiny"}), tmp_path / "out", "1" * 40
+    base = tmp_path / "hub" / "models--me--tiny" / "snapshots" / commit
+    if templated:
+        base = run / "models" / "student"
+        write_json({"me/tiny@main": commit}, run / "models.json")
+    shutil.copytree(tiny_llama, base)
+    trained = run / "iteration-1" / "student" / "part-00000"
+    write_adapter(base, trained)
+    before = content(trained)
+    code, output = push(run, "--to", f"file://{out}")
+    assert code == 0, output
+    settings, own = (
+        json.loads((path / "adapter_config.json").read_text()) for path in (out / "models/student", trained)
+    )
+    assert own["base_model_name_or_path"] == str(base)
+    assert settings == own | {"base_model_name_or_path": "me/tiny", "revision": commit}
+    assert not any(str(tmp_path).encode() in data for data in content(out).values())
+    assert content(trained) == before
 
 
 def test_killed_copy_continues_where_it_was(tmp_path: Path) -> None:
@@ -146,7 +235,7 @@ def test_other_files_are_never_touched(tmp_path: Path) -> None:
     (run / "iteration-1" / "metrics.json").write_text(json.dumps({"held_out_loss": {}}))
     code, output = push(run, "--to", f"file://{out}")
     assert code == 1
-    assert "has other contents (README.md); nothing was copied" in output
+    assert "has other contents (README.md, report.html); nothing was copied" in output
     assert push(run, "--to", f"file://{out}", "--replace")[0] == 0
     assert "## Held-out loss" not in (out / "README.md").read_text()
     (out / "mine.txt").write_text("keep")

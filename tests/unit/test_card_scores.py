@@ -9,8 +9,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from montessori_core.config import Student
 from montessori_core.export.card_scores import Evaluated, add_scores, card_with_scores
+from montessori_core.export.hub_models import HubModel
 from montessori_core.export.model_card import model_header
 
 SCORES = [
@@ -18,7 +18,8 @@ SCORES = [
     {"benchmark": "alpaca_eval", "metric": "win_rate", "mean": None, "standard_error": None, "examples": 0},
 ]
 EVALUATED = Evaluated("trial", "good.jsonl", "2026-11-28", 96, {"mean": 1.5, "standard_error": 0.03125}, SCORES)
-CARD = model_header(Student(model="group/base"), ["sft"]) + "\n# Base, trained\n\nWords: *kept*.\n"
+BASE = HubModel("group/base", "1" * 40)
+CARD = model_header(BASE, "mit", ["sft"]) + "\n# Base, trained\n\nWords: *kept*.\n"
 
 
 def write_card(folder: Path, card: str = CARD) -> Path:

@@ -1,0 +1,125 @@
+"""What cards publish of models and settings: ids of the hub, and of local paths only the last part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from montessori_core.config import DataSource, parse_experiment, read_experiment
+from montessori_core.data.origins import Origin, write_origins
+from montessori_core.export.model_card import student_card
+from montessori_core.export.models import model_card
+from montessori_core.export.published import published_changes, published_settings
+from montessori_core.export.sets import name_of
+from montessori_core.files import write_json
+from support.reports import write_run
+from tasks.students import sft_settings
+
+COMMIT = "1" * 40
+
+
+def header_of(card: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return content
+
+
+@pytest.mark.parametrize(
+    ("model", "commits", "base"),
+    [
+        ("group/tiny", {"group/tiny@main": COMMIT}, "group/tiny"),
+        ("gpt2", {"gpt2@main": COMMIT}, "gpt2"),
+        ("smollm2-135m", {}, None),
+        ("/cluster/home/somebody/secret-llama", {}, None),
+        ("~/m/secret-llama", {}, None),
+        ("models/secret-llama", {}, None),
+        (
+            f"/cache/models--group--tiny/snapshots/{COMMIT}",
+            {f"/cache/models--group--tiny/snapshots/{COMMIT}@main": COMMIT},
+            None,
+        ),
+    ],
+)
+def test_model_card_names_base_of_hub_only(
+    model: str, commits: dict[str, str], base: str | None, tmp_path: Path
+) -> None:
+    """Also on another machine than the run's, where the folder does not exist."""
+    run = write_run(tmp_path / "trial", student={"model": model})
+    write_json(commits, run / "models.json")
+    assert header_of(model_card(run, "student", 1, adapter=False)).get("base_model") == base
+
+
+def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
+    models = {
+        "teacher": {"model": "group/tiny", "chat_template": "acme/template.jinja"},
+        "student": {"model": "models/secret-llama"},
+        "answerer": {"model": "meta-llama/Llama", "parameters": {"adapter": "acme/adapters/last"}},
+        "judge": {"model": "/acme/judge"},
+    }
+    sets = {
+        "seed_pool": {"path": "data/acme/clients.jsonl"},
+        "evaluation": {"path": "group/rows"},
+    }
+    texts = {
+        "completion_prompt": "{demonstrations} A task at https://example.com/x and/or another:",
+        "separator": "</a>",
+        "answers": "endpoint",
+    }
+    benchmarks = {"mt_bench": "acme secret/questions.jsonl", "alpaca_eval": "s3://acme-bucket/tasks.json"}
+    run = write_run(tmp_path / "trial", benchmarks=benchmarks, synthesis=texts, **models, **sets)
+    write_json({"group/tiny@main": COMMIT}, run / "models.json")
+    write_origins({"evaluation": Origin(None, COMMIT), "seed_pool": Origin(None)}, run / "data_sets.json")
+    experiment = read_experiment(run / "config.yaml")
+    for settings in (published_settings(run, experiment), published_changes(run, experiment)):
+        assert not [name for name in ("acme", "secret/", "models/") if name in str(settings)]
+        shown = {name: settings[name].get("path") or settings[name]["model"] for name in (*models, *sets)}
+        assert shown == {
+            "teacher": "group/tiny",
+            "student": "PATH/secret-llama",
+            "seed_pool": "PATH/clients.jsonl",
+            "evaluation": "group/rows",
+            "answerer": "meta-llama/Llama",
+            "judge": "PATH/judge",
+        }
+        assert settings["synthesis"].items() >= texts.items()
+    assert name_of("acme/clients.jsonl") == "clients.jsonl"
+    built_in = experiment.model_copy(update={"reference": DataSource(path="builtin/maths")})
+    assert published_settings(run, built_in)["reference"]["path"] == "builtin/maths"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "answers", "student", "declared"),
+    [
+        ("apache-2.0", "updated", "apache-2.0", True),
+        ("llama3", "updated", "apache-2.0", False),
+        (None, "updated", "apache-2.0", False),
+        ("apache-2.0", "endpoint", "apache-2.0", False),
+    ],
+)
+def test_student_declares_licence_that_its_teachers_share(
+    teacher: str | None, answers: str, student: str, declared: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher-model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    (folder / "README.md").write_text(f"---\nlicense: {teacher}\n---\n" if teacher else "")
+    answerer = {"answerer": {"model": "acme/large"}} if answers == "endpoint" else {}
+    sections = {"teacher": {"model": str(folder)}, "synthesis": {"answers": answers}} | answerer
+    run = write_run(tmp_path / "trial", **sections)
+    card = model_card(run, "student", 1, adapter=False)
+    assert header_of(card).get("license") == (student if declared else None)
+    assert f"| student | smollm2-135m | {student} |" in card
+    assert f"| teacher | teacher-model | {teacher or 'not known'} |" in card
+    assert ("| answerer | acme/large (API) | not known |" in card) == (answers == "endpoint")
+    assert ("set `license` in the header before you publish" in card) != declared
+    assert header_of(model_card(run, "teacher", 1, adapter=False)).get("license") == teacher
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", "cc-by-4.0", None])
+def test_trained_student_declares_licence_of_its_data(licence: str | None) -> None:
+    experiment = parse_experiment({"teacher": {"model": "smollm2-135m"}, "student": {"model": "smollm2-135m"}}, "test")
+    settings = sft_settings(experiment, experiment.training, save_moments=False)
+    card = student_card(experiment, DataSource(path="rows.jsonl"), Origin(licence), settings, {}, [])
+    assert header_of(card).get("license") == (licence if licence == "apache-2.0" else None)
+    assert f"| licence of the data | {licence or 'not stated'} |" in card
