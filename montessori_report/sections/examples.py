@@ -1,10 +1,13 @@
 """Texts of the report: preference pairs (Table 3), examples, rejected candidates. Models wrote them: untrusted."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from montessori_core import formatting
 from montessori_core.formatting import Unit
@@ -16,14 +19,33 @@ EXAMPLES_SHOWN = 10_000
 REJECTIONS_SHOWN = 30
 _BASELINES = {"null_step": "null step", "student": "student"}
 
+# Columns that are shown: the tables of a large run, with its prompts and tokens, are many times larger.
+_TEXTS = ["example_id", "instruction", "response", "response_finished"]
+_MEASURED = [
+    *("example_id", "status", "tokens", "truncated"),
+    *("influence_student", "influence_null_step", "standard_error"),
+]
+_PAIR = [
+    "prompt_id",
+    *(
+        f"{side}{column}"
+        for side in ("chosen", "rejected")
+        for column in ("", "_id", *(f"_influence_{name}" for name in _BASELINES))
+    ),
+]
+_REJECTED = ["instruction", "raw_output", "rejection"]
+
 
 def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
     """Return the pairs with the largest influence gap, each side with the texts of its example."""
-    texts = _by_id(iteration.probing.examples)
-    gaps = [
-        (row["chosen_influence_student"] - row["rejected_influence_student"], row)
-        for row in _rows(iteration.preferences)
-    ]
+    table = iteration.preferences
+    if table is None:
+        return []
+    influences = (table[f"{side}_influence_student"].to_numpy() for side in ("chosen", "rejected"))
+    gaps = np.subtract(*influences)
+    widest = np.argsort(-gaps, kind="stable")[:PAIRS_SHOWN]
+    rows = table.select(_PAIR).take(widest).to_pylist()
+    texts = _texts(iteration.probing.examples, [row[f"{side}_id"] for row in rows for side in ("chosen", "rejected")])
     return [
         {
             "prompt_id": row["prompt_id"],
@@ -39,7 +61,7 @@ def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
                 for name in ("chosen", "rejected")
             ],
         }
-        for gap, row in sorted(gaps, key=lambda pair: -pair[0])[:PAIRS_SHOWN]
+        for gap, row in zip(gaps[widest].tolist(), rows, strict=True)
     ]
 
 
@@ -93,10 +115,8 @@ def examples_of(run: RunData, unit: Unit) -> Examples:
     rows: list[Example] = []
     total = 0
     for iteration in run.iterations:
-        texts = _by_id(iteration.probing.examples)
-        measured = iteration.influence.table.to_pylist() if iteration.influence else []
-        records = [texts.get(row["example_id"], {}) | row for row in measured] or list(texts.values())
-        total += len(records)
+        records, available = _records(iteration, EXAMPLES_SHOWN - len(rows))
+        total += available
         number = [Cell(str(iteration.number), key=iteration.number)] if several else []
         rows += [
             Example(
@@ -105,10 +125,23 @@ def examples_of(run: RunData, unit: Unit) -> Examples:
                 "Response" if record.get("response_finished", True) else "Response, cut at the token limit",
                 [*number, *_cells(record, unit)],
             )
-            for record in records[: EXAMPLES_SHOWN - len(rows)]
+            for record in records
         ]
     columns = ["Against null step", "Against student", "Tokens", "Status"]
     return Examples(["Instruction", *["Iteration"] * several, *columns], rows, total)
+
+
+def _records(iteration: IterationData, most: int) -> tuple[list[dict[str, Any]], int]:
+    """Return at most `most` examples of a probing set, with influence if it has been measured, and how many there are."""
+    examples = iteration.probing.examples
+    if iteration.influence is None or not iteration.influence.table.num_rows:
+        if examples is None:
+            return [], 0
+        return examples.select(_TEXTS).slice(0, most).to_pylist(), examples.num_rows
+    table = iteration.influence.table
+    measured = table.select(_MEASURED).slice(0, most).to_pylist()
+    texts = _texts(examples, [row["example_id"] for row in measured])
+    return [texts.get(row["example_id"], {}) | row for row in measured], table.num_rows
 
 
 def _cells(record: dict[str, Any], unit: Unit) -> list[Cell]:
@@ -128,18 +161,26 @@ def _cells(record: dict[str, Any], unit: Unit) -> list[Cell]:
 
 def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
     """Return rejected candidates by reason, spread evenly so that rare reasons are shown."""
+    totals: Counter[str] = Counter()
     by_reason: dict[str, list[dict[str, str]]] = {}
     for part in sets:
-        for row in _rows(part.instructions):
-            if row["rejection"] is not None:
-                text = row["instruction"] or row["raw_output"]
-                by_reason.setdefault(row["rejection"], []).append({"set": part.label, "text": text})
+        if part.instructions is None:
+            continue
+        rejected = part.instructions.select(_REJECTED).filter(pc.is_valid(part.instructions["rejection"]))
+        for reason in pc.unique(rejected["rejection"]).to_pylist():
+            candidates = rejected.filter(pc.equal(rejected["rejection"], reason))
+            totals[reason] += candidates.num_rows
+            shown = by_reason.setdefault(reason, [])
+            shown += [
+                {"set": part.label, "text": row["instruction"] or row["raw_output"]}
+                for row in candidates.slice(0, REJECTIONS_SHOWN - len(shown)).to_pylist()
+            ]
     numbers = _rows_each([len(rows) for rows in by_reason.values()])
     return {
-        "total": sum(map(len, by_reason.values())),
+        "total": totals.total(),
         "shown": sum(numbers),
         "reasons": [
-            (reason, len(rows), rows[:number])
+            (reason, totals[reason], rows[:number])
             for (reason, rows), number in zip(by_reason.items(), numbers, strict=True)
         ],
     }
@@ -155,9 +196,9 @@ def _rows_each(available: Sequence[int]) -> list[int]:
     return taken
 
 
-def _rows(table: pa.Table | None) -> list[dict[str, Any]]:
-    return table.to_pylist() if table is not None else []
-
-
-def _by_id(examples: pa.Table | None) -> dict[str, dict[str, Any]]:
-    return {row["example_id"]: row for row in _rows(examples)}
+def _texts(examples: pa.Table | None, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the texts of some examples, by their ids."""
+    if examples is None:
+        return {}
+    wanted = pc.is_in(examples["example_id"], pa.array(ids, pa.string()))
+    return {row["example_id"]: row for row in examples.select(_TEXTS).filter(wanted).to_pylist()}
