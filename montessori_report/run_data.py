@@ -1,5 +1,6 @@
 """Read a run folder for its report; any part may be missing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,14 @@ from montessori_core.influence.table import LengthLine, summarize_influence
 from montessori_core.synthesis.filtering import funnel
 
 Log = list[dict[str, Any]]
+# Columns that reports show: with their prompts and tokens, the tables of a large run are many times larger.
+EXAMPLE_COLUMNS = ("example_id", "instruction", "response", "response_finished")
+INSTRUCTION_COLUMNS = ("instruction", "raw_output", "rejection")
+PAIR_COLUMNS = (
+    "prompt_id",
+    *("chosen", "chosen_id", "chosen_influence_student", "chosen_influence_null_step"),
+    *("rejected", "rejected_id", "rejected_influence_student", "rejected_influence_null_step"),
+)
 _TRAININGS = ("warmup", "teacher", "student")
 _BASELINE = Preferences().baseline  # of a run whose configuration cannot be read
 
@@ -296,7 +305,7 @@ def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) 
         training=_read_synthesis(folder / "training", f"Iteration {number}: training set"),
         influence=_influence("Probing set (teacher before)", probed, threshold),
         training_influence=_influence("Training set (updated teacher)", trained, threshold),
-        preferences=_read(folder / layout.PREFERENCES, PREFERENCES),
+        preferences=_read(folder / layout.PREFERENCES, PREFERENCES, PAIR_COLUMNS),
         logs=logs,
         metrics=metrics,
     )
@@ -304,7 +313,9 @@ def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) 
 
 def _read_synthesis(folder: Path, label: str) -> SynthesisData:
     return SynthesisData(
-        label, _read(folder / layout.INSTRUCTIONS, INSTRUCTIONS), _read(folder / layout.EXAMPLES, EXAMPLES)
+        label,
+        _read(folder / layout.INSTRUCTIONS, INSTRUCTIONS, INSTRUCTION_COLUMNS),
+        _read(folder / layout.EXAMPLES, EXAMPLES, EXAMPLE_COLUMNS),
     )
 
 
@@ -316,5 +327,5 @@ def _read_log(folder: Path) -> Log:
     return read_json(folder / "part-00000" / layout.LOG_FILE) or []
 
 
-def _read(path: Path, schema: pa.Schema) -> pa.Table | None:
-    return read_table(path, schema) if path.exists() else None
+def _read(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table | None:
+    return read_table(path, schema, columns) if path.exists() else None

@@ -18,22 +18,11 @@ PAIRS_SHOWN = 20
 EXAMPLES_SHOWN = 10_000
 REJECTIONS_SHOWN = 30
 _BASELINES = {"null_step": "null step", "student": "student"}
-
-# Columns that are shown: the tables of a large run, with its prompts and tokens, are many times larger.
-_TEXTS = ["example_id", "instruction", "response", "response_finished"]
-_MEASURED = [
+_MEASURED = (
     *("example_id", "status", "tokens", "truncated"),
     *("influence_student", "influence_null_step", "standard_error"),
-]
-_PAIR = [
-    "prompt_id",
-    *(
-        f"{side}{column}"
-        for side in ("chosen", "rejected")
-        for column in ("", "_id", *(f"_influence_{name}" for name in _BASELINES))
-    ),
-]
-_REJECTED = ["instruction", "raw_output", "rejection"]
+)
+"""Columns of influence tables that are shown."""
 
 
 def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
@@ -44,7 +33,7 @@ def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
     influences = (table[f"{side}_influence_student"].to_numpy() for side in ("chosen", "rejected"))
     gaps = np.subtract(*influences)
     widest = np.argsort(-gaps, kind="stable")[:PAIRS_SHOWN]
-    rows = table.select(_PAIR).take(widest).to_pylist()
+    rows = table.take(widest).to_pylist()
     texts = _texts(iteration.probing.examples, [row[f"{side}_id"] for row in rows for side in ("chosen", "rejected")])
     return [
         {
@@ -137,7 +126,7 @@ def _records(iteration: IterationData, most: int) -> tuple[list[dict[str, Any]],
     if iteration.influence is None or not iteration.influence.table.num_rows:
         if examples is None:
             return [], 0
-        return examples.select(_TEXTS).slice(0, most).to_pylist(), examples.num_rows
+        return examples.slice(0, most).to_pylist(), examples.num_rows
     table = iteration.influence.table
     measured = table.select(_MEASURED).slice(0, most).to_pylist()
     texts = _texts(examples, [row["example_id"] for row in measured])
@@ -166,7 +155,7 @@ def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
     for part in sets:
         if part.instructions is None:
             continue
-        rejected = part.instructions.select(_REJECTED).filter(pc.is_valid(part.instructions["rejection"]))
+        rejected = part.instructions.filter(pc.is_valid(part.instructions["rejection"]))
         for reason in pc.unique(rejected["rejection"]).to_pylist():
             candidates = rejected.filter(pc.equal(rejected["rejection"], reason))
             totals[reason] += candidates.num_rows
@@ -201,4 +190,4 @@ def _texts(examples: pa.Table | None, ids: Sequence[str]) -> dict[str, dict[str,
     if examples is None:
         return {}
     wanted = pc.is_in(examples["example_id"], pa.array(ids, pa.string()))
-    return {row["example_id"]: row for row in examples.select(_TEXTS).filter(wanted).to_pylist()}
+    return {row["example_id"]: row for row in examples.filter(wanted).to_pylist()}
