@@ -13,7 +13,7 @@ from montessori_core.data.rows import Rows
 from montessori_core.data.sources import Seed, Task, load_tasks, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, read_table
 from montessori_core.errors import ConfigError, DataError, UserError
-from montessori_core.export.card import _settings
+from montessori_core.export.published import published_changes
 from montessori_core.models.load import load_tokenizer
 from montessori_core.models.rendering import end_of_turn, render_user_beginning
 from montessori_core.program import load
@@ -280,11 +280,11 @@ def test_only_grounded_reads_documents(tmp_path: Path) -> None:
     assert read_documents(Synthesis()) == []
 
 
-def test_published_settings_keep_the_strategy_name() -> None:
+def test_published_settings_keep_the_strategy_name(tmp_path: Path) -> None:
     """The configuration in a data card can be read again."""
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"strategy": STRATEGIES[2][1]}}
     experiment = parse_experiment(content, "test")
-    assert parse_experiment(_settings(experiment), "card") == experiment
+    assert parse_experiment(published_changes(tmp_path, experiment), "card") == experiment
 
 
 def test_code_runs_needs_namespaces_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
