@@ -136,12 +136,13 @@ def shared_state(folder: Path, place: Place, measure: Callable[[], ReferenceStat
     """
     path = folder / _FILE
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
-        if path.exists():
-            return ReferenceState.read(path, place)
-        state = measure()
-        state.write(path)
-        return state
+    if not path.exists():
+        with _locked(folder / "lock"):
+            if not path.exists():
+                state = measure()
+                state.write(path)
+                return state
+    return ReferenceState.read(path, place)  # without the lock: all workers read at the same time
 
 
 @contextmanager
