@@ -84,7 +84,7 @@ def check_cluster(cluster: Cluster, folder: Path, patience: float) -> Iterator[F
 
 
 def _check_slurm(cluster: Cluster) -> Iterator[Finding]:
-    missing = [command for command in ("sbatch", "squeue", "scancel", "sinfo") if shutil.which(command) is None]
+    missing = [command for command in ("sbatch", "srun", "squeue", "scancel", "sinfo") if shutil.which(command) is None]
     if missing:
         yield Finding(
             "Slurm's commands", False, f"no {', '.join(missing)} here", "start on a login node of the cluster"

@@ -80,10 +80,11 @@ class SlurmBackend:
     steps = False
 
     def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
-        if shutil.which("sbatch") is None:
-            raise UserError(
-                "cluster.profile is slurm, but there is no sbatch here; start on a login node, or set profile: local"
-            )
+        for command in ("sbatch", "srun"):  # submitit looks for srun, which only nodes call
+            if shutil.which(command) is None:
+                raise UserError(
+                    f"cluster.profile is slurm, but there is no {command} here; start on a login node, or set profile: local"
+                )
         check_import_path(slurm.commands)
         self._slurm, self._resources = slurm, resources
         self._python, self._container_options = python_command(slurm, python)

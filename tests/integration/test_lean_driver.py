@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support import CONFIGS, ROOT
 from support.reports import write_run, write_study
 from support.runs import finish_lean
+from support.slurm_lab import become_login_node
 
 COMMANDS = """
 from support.lean_driver import become_lean
@@ -42,7 +45,7 @@ def test_login_node_commands_need_no_torch(tmp_path: Path) -> None:
     assert "self_instruct" in finish_lean("methods", cwd=tmp_path)
 
 
-def test_slurm_run_opens_without_torch(tmp_path: Path) -> None:
+def test_slurm_run_opens_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The login node checks data, configuration and models; only nodes load a model."""
     model = tmp_path / "model"
     model.mkdir()
@@ -57,8 +60,7 @@ from tasks.run import open_run
 changes = ("teacher.model={model}", "student.model={model}", "cluster.profile=slurm", "cluster.slurm.max_array_size=100")
 open_run(read_experiment(Path("{CONFIGS}/quickstart.yaml"), changes), Path("run"))
 """
-    # sbatch must exist, but is not called.
-    (tmp_path / "sbatch").touch(mode=0o755)
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | paths, check=True)
+    become_login_node(monkeypatch, tmp_path)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "run" / "provenance.json").stat().st_size > 0

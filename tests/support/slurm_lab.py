@@ -1,8 +1,11 @@
 """The Slurm cluster of the tests: `docker/slurm/lab.sh` runs two nodes on this machine."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from support import ROOT
 
@@ -48,3 +51,10 @@ def put_command(path: Path, line: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)
+
+
+def become_login_node(monkeypatch: pytest.MonkeyPatch, folder: Path, **commands: str) -> None:
+    """Put Slurm's commands first in PATH; sbatch and srun, which the driver looks for, fail if they are not given."""
+    for name, script in {"sbatch": "exit 1", "srun": "exit 1", **commands}.items():
+        put_command(folder / "bin" / name, script)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)

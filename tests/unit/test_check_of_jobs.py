@@ -8,6 +8,7 @@ from cluster import scripts
 from cluster.scripts import check_jobs
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
+from support.slurm_lab import become_login_node
 
 CLUSTER = Cluster(profile="slurm")
 BUSY = "allocation failure: Requested node configuration is not available"
@@ -16,12 +17,9 @@ BUSY = "allocation failure: Requested node configuration is not available"
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file with the answer of sbatch, which counts its calls."""
-    answer, program = tmp_path / "answer", tmp_path / "sbatch"
-    program.write_text(
-        f"#!/bin/sh\necho called >> {tmp_path}/calls\ncat {answer} >&2\ngrep -q failure {answer} && exit 1\nexit 0\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    answer = tmp_path / "answer"
+    script = f"echo called >> {tmp_path}/calls\ncat {answer} >&2\ngrep -q failure {answer} && exit 1\nexit 0"
+    become_login_node(monkeypatch, tmp_path, sbatch=script)
     monkeypatch.setattr(scripts, "_accepted", set())
     return answer
 

@@ -1,6 +1,5 @@
 """Which jobs the driver holds, by the answers of squeue and sbatch."""
 
-import os
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from cluster.backends.held import HeldBackend
 from montessori_core.config import HeldJobs, Resources, Slurm
-from support.slurm_lab import put_command
+from support.slurm_lab import become_login_node, put_command
 
 NONE: frozenset[str] = frozenset()
 
@@ -16,14 +15,17 @@ NONE: frozenset[str] = frozenset()
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder where sbatch accepts jobs unless both nodes are excluded; squeue shows the file `jobs`."""
-    put_command(tmp_path / "bin" / "squeue", f'case "$*" in *--nodelist*) ;; *) cat {tmp_path}/jobs;; esac')
     refusal = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
     refusing = f'case "$*" in *--exclude=node1,node2*) echo "{refusal}" >&2; exit 1;; esac'
-    put_command(tmp_path / "bin" / "sbatch", f'echo "$*" >>{tmp_path}/sbatch; {refusing}; echo "Submitted batch job 9"')
-    put_command(tmp_path / "bin" / "scancel", f'echo "$*" >>{tmp_path}/scancel')
+    become_login_node(
+        monkeypatch,
+        tmp_path,
+        squeue=f'case "$*" in *--nodelist*) ;; *) cat {tmp_path}/jobs;; esac',
+        sbatch=f'echo "$*" >>{tmp_path}/sbatch; {refusing}; echo "Submitted batch job 9"',
+        scancel=f'echo "$*" >>{tmp_path}/scancel',
+    )
     for name in ("jobs", "sbatch", "scancel"):
         (tmp_path / name).touch()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     return tmp_path
 
 

@@ -1,6 +1,5 @@
 """How the answers of squeue and sbatch are read."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,14 +9,12 @@ from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Resources, Slurm
 from montessori_core.errors import UserError
-from support.slurm_lab import put_command
+from support.slurm_lab import become_login_node
 
 
 def test_running_jobs_are_unknown_without_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have not ended: shards that they compute keep their times (`cluster.stragglers`)."""
-    put_command(tmp_path / "bin" / "squeue", f"[ -e {tmp_path}/up ] && echo '17_0|None'")
-    put_command(tmp_path / "bin" / "sbatch", "exit 1")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    become_login_node(monkeypatch, tmp_path, squeue=f"[ -e {tmp_path}/up ] && echo '17_0|None'")
     backend = SlurmBackend(Slurm(), Resources(), None)
     assert backend.running("name", ["17_0"]) is None
     (tmp_path / "up").touch()
@@ -40,10 +37,13 @@ echo "Submitted batch job 9"
 @pytest.mark.guarantee("limit on submitted jobs")
 def test_arrays_beyond_submission_limit_become_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another driver that is a job stays in the queue, however long this one waits."""
-    put_command(tmp_path / "bin" / "squeue", "echo 17")
-    put_command(tmp_path / "bin" / "scontrol", "echo MaxArraySize = 1001")
-    put_command(tmp_path / "bin" / "sbatch", LIMITED.replace("FOLDER", str(tmp_path)))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    become_login_node(
+        monkeypatch,
+        tmp_path,
+        squeue="echo 17",
+        scontrol="echo MaxArraySize = 1001",
+        sbatch=LIMITED.replace("FOLDER", str(tmp_path)),
+    )
     backend = SlurmBackend(Slurm(), Resources(shards_per_job=1), None)
     for _ in range(6):
         tasks = backend.plan_jobs(list(range(40)), 40, frozenset())
@@ -54,9 +54,12 @@ def test_arrays_beyond_submission_limit_become_smaller(tmp_path: Path, monkeypat
 
 def test_refused_single_job_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless another job of the user may be the cause."""
-    put_command(tmp_path / "bin" / "squeue", f"cat {tmp_path}/queue")
-    put_command(tmp_path / "bin" / "sbatch", 'echo "Job violates accounting/QOS policy" >&2; exit 1')
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    become_login_node(
+        monkeypatch,
+        tmp_path,
+        squeue=f"cat {tmp_path}/queue",
+        sbatch='echo "Job violates accounting/QOS policy" >&2; exit 1',
+    )
     backend = SlurmBackend(Slurm(), Resources(), None)
     for queue, error in (("17\n", SchedulerUnavailable), ("", UserError)):
         (tmp_path / "queue").write_text(queue)
@@ -84,8 +87,15 @@ def test_alive_leaves_out_jobs_that_slurm_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, alive: bool
 ) -> None:
     """The reason differs between versions of Slurm. A job that its owner holds will run."""
-    put_command(tmp_path / "bin" / "squeue", f"echo '17_0|{reason}'")
-    put_command(tmp_path / "bin" / "sbatch", "exit 1")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    become_login_node(monkeypatch, tmp_path, squeue=f"echo '17_0|{reason}'")
     backend = SlurmBackend(Slurm(), Resources(), None)
     assert backend.alive("name", ["17_0"]) == ({"17_0"} if alive else set())
+
+
+@pytest.mark.parametrize("command", ["sbatch", "srun"])
+def test_missing_command_of_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    become_login_node(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin" / command).unlink()
+    with pytest.raises(UserError, match=f"profile is slurm, but there is no {command} here; start on a login node"):
+        SlurmBackend(Slurm(), Resources(), None)
