@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import os
 import platform
 import shutil
 import signal
@@ -38,7 +37,7 @@ from montessori_core.models import flops
 from montessori_core.program import Row
 from support import squares, wait_until
 from support.row_programs import as_shards
-from support.slurm_lab import put_command
+from support.slurm_lab import become_login_node
 from support.squares import (
     CLUSTER,
     EXPECTED,
@@ -674,9 +673,7 @@ def test_finished_stage_needs_no_scheduler(folder: Path, monkeypatch: pytest.Mon
     work = hash_json([key_of(made, rows) for rows in SHARDS])
     ledger.submissions = [Submission("montessori-squares", work, [[0]], None, 1, ids=["17"])]
     ledger.save()
-    for command in ("sbatch", "squeue", "scancel", "scontrol"):
-        put_command(folder / "bin" / command, "exit 1")
-    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    become_login_node(monkeypatch, folder, squeue="exit 1", scancel="exit 1", scontrol="exit 1")
     monkeypatch.setattr("cluster.backends.slurm._CANCEL_TIMEOUT", 1.0)
     slurm = Cluster(profile="slurm", poll_seconds=0.05)
     assert fan_out(made, as_shards(*SHARDS), Resources(), slurm) == parts
