@@ -153,7 +153,7 @@ def _total_iterations(folder: Path, added: int) -> int:
     """Return the number of iterations after this flow run; recorded, so that a retry has the same."""
     record: dict[str, Any] = read_json(folder / layout.SCHEDULE) or {}
     before = record.pop("finished", 0)
-    totals: dict[str, int] = record.get("totals", record)  # earlier releases wrote them beside 'finished'
+    totals: dict[str, int] = record.get("totals", record)  # earlier runs have them beside 'finished'
     if runtime.flow_run.id not in totals:
         finished = sum((path / layout.METRICS).exists() for path in layout.iterations(folder).values())
         finished = max(finished, before)  # changed settings make finished iterations unfinished

@@ -54,8 +54,8 @@ class Section(BaseModel):
         for name, value in self:
             if secret := next(secrets_in(name, value), None):
                 raise ValueError(
-                    f"{secret}: looks like a secret, which would be stored and published with the configuration; remove it, "
-                    "and put it into an environment variable where the driver starts (the key of an API into the variable "
+                    f"{secret}: looks like a secret, but a configuration is stored, shown in reports and published; remove "
+                    "it, and put it into an environment variable where the driver starts (the key of an API into the one "
                     "that key_variable names, a token of the hub into HF_TOKEN)"
                 )
         return self
@@ -122,6 +122,8 @@ def _describe(problem: Any, root: type[Section]) -> str:
     if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"].endswith(RUN_NAME):
         message = "a name has letters, digits, '.', '_' and '-', at most 80, and begins with a letter or digit"
     if isinstance(problem["input"], dict | BaseModel):
+        return message
+    if any(secrets_in("", {str(part): problem["input"] for part in problem["loc"]})):
         return message
     return f"{message}; got {_shortener.repr(problem['input'])}"
 

@@ -101,7 +101,7 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
         ("https://acme/rows.jsonl?X-Amz-Signature=secret", [], "rows.jsonl"),
     ],
 )
-def test_published_name_of_a_path_is_its_last_part(name: str, public: list[str], shown: str) -> None:
+def test_published_name_hides_the_path(name: str, public: list[str], shown: str) -> None:
     assert name_of(name, public) == shown
 
 

@@ -51,7 +51,7 @@ def test_schedule_forgets_iterations_of_cancelled_run(run: Path, monkeypatch: py
     assert total(run, 1, "B", monkeypatch) == 2
 
 
-def test_schedule_of_earlier_release_continues(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedule_of_earlier_run_continues(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json({"finished": 3, "A": 4}, run / layout.SCHEDULE)
     assert total(run, 1, "A", monkeypatch) == 4
     assert total(run, 2, "B", monkeypatch) == 5

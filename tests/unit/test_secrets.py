@@ -73,6 +73,23 @@ def test_secret_is_refused_by_its_field(change: dict[str, Any], field: str) -> N
         parse(Study, {"experiment": MODELS | change}, "study.yaml")
 
 
+@pytest.mark.guarantee("secrets in configurations")
+@pytest.mark.parametrize(
+    "change",
+    [
+        judge(base_url=f"ftp://me:{CANARY}@host/v1"),
+        judge(key_variable=f"sk-{CANARY}"),
+        judge(key_variable=[f"sk-{CANARY}"]),
+        judge(chat_template_kwargs={"api_key": [CANARY]}),
+        judge(parameters=f"https://host?api_key={CANARY}"),
+    ],
+)
+def test_other_error_shows_no_secret(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_experiment(MODELS | change, "mine.yaml")
+    assert CANARY not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -94,7 +111,7 @@ def test_harmless_names_are_accepted(change: dict[str, Any]) -> None:
 
 @pytest.mark.guarantee("secrets in configurations")
 @pytest.mark.parametrize("command", [["push", "--to"], ["export", "--to", "trl", "--output"]])
-def test_run_of_an_earlier_release_is_not_published_with_its_secret(command: list[str], tmp_path: Path) -> None:
+def test_secret_of_earlier_run_stays_private(command: list[str], tmp_path: Path) -> None:
     run = write_run(tmp_path / "trial")
     config = run / "config.yaml"
     before = config.read_text()
