@@ -12,8 +12,10 @@ _HARMLESS = {  # words before 'token' or 'key' in names of what is no secret: eo
     *("stop", "start", "begin", "end", "think", "thinking", "image", "audio", "video", "vision", "placeholder"),
     *("cache", "sort", "group"),
 }
-_VALUE = re.compile(r"(?:Bearer|Basic)\s+\S+|sk-[\w-]{16,}|(?:hf|gh[opsu])_\w{16,}", re.IGNORECASE)
-_PASSWORD_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@:]*:(?!\$)[^\s/?#]+@", re.IGNORECASE)
+_VALUE = re.compile(r"(?i:bearer|basic)\s+\S{16,}|sk-(?=\S*\d)[\w-]{20,}|(?:hf|gh[opsu])_[A-Za-z0-9]{30,}")
+_USER_IN_URL = re.compile(  # a user without a password may be a token at a web server, but a container in abfs://
+    r"https?://[^\s/?#@$]+@|[a-z][a-z0-9+.-]*://[^\s/?#@:]*:(?!\$)[^\s/?#]+@", re.IGNORECASE
+)
 _ASSIGNMENT = re.compile(r"(?:[?&]|\bexport\s+)([\w-]+)=[\"']?[^\s\"'$`&]")  # of a URL's query, or of a shell
 
 
@@ -36,7 +38,7 @@ def secrets_in(name: str, value: Any) -> Iterator[str]:
             yield from secrets_in(name, part)
     elif isinstance(value, str) and (
         _VALUE.fullmatch(value.strip())
-        or _PASSWORD_IN_URL.search(value)
+        or _USER_IN_URL.search(value)
         or any(map(_is_secret, _ASSIGNMENT.findall(value)))
     ):
         yield name

@@ -51,8 +51,9 @@ def slurm(**settings: Any) -> dict[str, Any]:
         (judge(parameters={"passwords": [CANARY]}), "judge: parameters.passwords"),
         (judge(chat_template_kwargs={"auth_token": CANARY}), "judge: chat_template_kwargs.auth_token"),
         (judge(base_url=f"https://me:{CANARY}@host/v1"), "judge: base_url"),
+        (judge(base_url=f"https://{CANARY}@host/v1"), "judge: base_url"),
         (judge(base_url=f"https://host/v1?api-key={CANARY}"), "judge: base_url"),
-        (judge(key_variable="hf_" + "x" * 20), "judge: key_variable"),
+        (judge(key_variable="hf_" + "x" * 34), "judge: key_variable"),
         (filtered(password=CANARY), "settings.password"),
         ({"reference": {"path": f"ftp://me:{CANARY}@host/rows.jsonl"}}, "reference: path"),
         ({"reference": {"path": f"https://host/rows.jsonl?a=1&token={CANARY}"}}, "reference: path"),
@@ -96,12 +97,19 @@ def test_other_error_shows_no_secret(change: dict[str, Any]) -> None:
         options(max_tokens=5, top_k=3, tokenizer_mode="slow", stop_token_ids=[1], skip_special_tokens=True),
         options(key_value_heads=2, hf_token=True, quantization={"per_token": "dynamic"}, tokenizer_revision="main"),
         judge(parameters={"stop": ["<s>"], "bos_token": "<s>", "prompt_cache_key": "run", "api_key": None}),
-        judge(base_url="http://me@host:8000/v1", key_variable="MY_KEY", parameters={"user": "me:you@host"}),
+        judge(base_url="http://host:8000/v1", key_variable="MY_KEY", parameters={"user": "me:you@host"}),
+        {"reference": {"path": "abfs://container@account.dfs.core.windows.net/rows.jsonl"}},
+        {"student": {"model": "hf_checkpoint_of_last_week_in_bf16"}, "synthesis": {"language": "Basic English"}},
         filtered(key_field="question", stop_token="</s>", keys=["a"], tokens=["b"], api_key_variable="MY_KEY"),
         {"reference": {"path": "https://host/rows.jsonl?version=3"}},
         slurm(environment={"HF_TOKEN_PATH": "/x", "https_proxy": "http://proxy:3128"}),
         slurm(
-            setup=["export HF_TOKEN=$(cat ~/token)", 'export https_proxy="http://me:$PASSWORD@proxy:1"', "a --key=x"]
+            setup=[
+                "export HF_TOKEN=$(cat ~/token)",
+                "pip install git+https://$HF_TOKEN@host",
+                'export https_proxy="http://me:$PASSWORD@proxy:1"',
+                "a --key=x",
+            ]
         ),
     ],
 )
