@@ -31,7 +31,7 @@ from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tas
 from montessori_core.data.tables import open_parquet
 from montessori_core.errors import UserError
 from montessori_core.export.card_scores import Evaluated, add_scores
-from montessori_core.export.sets import name_of
+from montessori_core.export.published import name_of, public_names
 from montessori_core.files import read_json, write_json
 from montessori_core.models.fetch import commit_of
 from montessori_core.models.thinking import thinking_warning
@@ -217,6 +217,6 @@ def _write_card(run: Run, losses: Path, result: Mapping[str, Any]) -> None:
     measured = datetime.fromtimestamp(losses.stat().st_mtime, UTC).date().isoformat()  # the same when it is repeated
     with open_parquet(losses) as table:
         examples = table.metadata.num_rows
-    data = name_of(run.experiment.evaluation.path)
+    data = name_of(run.experiment.evaluation.path, public_names(run.folder, run.experiment))
     loss, scores = result["held_out_loss"], result["scores"]
     add_scores(Evaluated(run.experiment.name, data, measured, examples, loss, scores), folder)

@@ -21,7 +21,7 @@ from montessori_core import layout
 from montessori_core.config import Cluster, Experiment
 from montessori_core.errors import UserError
 from montessori_core.files import read_json, write_json
-from tasks.approval import Unapproved, needs_approval, require_approval
+from tasks.approval import WhenUnapproved, needs_approval, require_approval
 from tasks.benchmarks import list_items
 from tasks.report import write_report
 from tasks.resume import refuse_command_folder
@@ -30,7 +30,6 @@ from tasks.tracking import start_tracking, track_iteration
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
 """Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
-_FINISHED = "finished"  # in a schedule's file, beside the totals of its flow runs
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -127,19 +126,19 @@ def experiment(run: Run) -> None:
     run_iterations(run, "refuse")
 
 
-def run_iterations(run: Run, unapproved: Unapproved, approve: bool = False) -> None:
+def run_iterations(run: Run, when_unapproved: WhenUnapproved, approve: bool = False) -> None:
     """Run or resume the iterations of a run, and write its report after each.
 
     Args:
         run: the run.
-        unapproved: what to do with preference pairs that are not approved, if the run needs approval.
+        when_unapproved: what to do with preference pairs that are not approved, if the run needs approval.
         approve: let the run need it from now on.
     """
     scheduled = (run.folder / layout.SCHEDULE).exists()
     with only_driver(run.folder):
         if approve:
             require_approval(run)
-        check = unapproved if needs_approval(run) else None
+        check = when_unapproved if needs_approval(run) else None
         list_items(run)
         start_tracking(run.folder, run.experiment)
         previous: Iteration | None = None
@@ -152,11 +151,13 @@ def run_iterations(run: Run, unapproved: Unapproved, approve: bool = False) -> N
 
 def _total_iterations(folder: Path, added: int) -> int:
     """Return the number of iterations after this flow run; recorded, so that a retry has the same."""
-    totals: dict[str, int] = read_json(folder / layout.SCHEDULE) or {}
+    record: dict[str, Any] = read_json(folder / layout.SCHEDULE) or {}
+    before = record.pop("finished", 0)
+    totals: dict[str, int] = record.get("totals", record)  # earlier runs have them beside 'finished'
     if runtime.flow_run.id not in totals:
         finished = sum((path / layout.METRICS).exists() for path in layout.iterations(folder).values())
-        finished = max(finished, totals.get(_FINISHED, 0))  # changed settings make finished iterations unfinished
+        finished = max(finished, before)  # changed settings make finished iterations unfinished
+        totals[runtime.flow_run.id] = finished + added
         folder.mkdir(parents=True, exist_ok=True)
-        write_json({**totals, _FINISHED: finished, runtime.flow_run.id: finished + added}, folder / layout.SCHEDULE)
-        return finished + added
+        write_json({"finished": finished, "totals": totals}, folder / layout.SCHEDULE)
     return totals[runtime.flow_run.id]

@@ -8,7 +8,7 @@ from flows.methods.tailoring import ProbingSet, measure_training_set, tailor, wr
 from flows.teacher_checkpoints import evaluate_checkpoints
 from montessori_core import layout
 from montessori_core.program import Row
-from tasks.approval import Unapproved
+from tasks.approval import WhenUnapproved
 from tasks.benchmarks import check_contamination, compare_answers
 from tasks.evaluation import StudentEvaluation, evaluate
 from tasks.metrics import IterationBenchmarks, IterationFiles, write_metrics
@@ -50,7 +50,7 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> StudentEvaluation:
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
 def iteration(
-    run: Run, number: int, previous: Iteration | None, unapproved: Unapproved | None, continued: bool
+    run: Run, number: int, previous: Iteration | None, when_unapproved: WhenUnapproved | None, continued: bool
 ) -> Iteration:
     """Tailor the teacher to the student, and train the student on the updated teacher's data.
 
@@ -58,7 +58,7 @@ def iteration(
         run: the run.
         number: index of the iteration, from 1.
         previous: results of the last iteration; None in the first.
-        unapproved: what to do with preference pairs that are not approved; None: they need no approval.
+        when_unapproved: what to do with preference pairs that are not approved; None: they need no approval.
         continued: whether a later iteration starts from the student.
     """
     experiment, step = run.experiment, Step.iteration(run, number)
@@ -69,7 +69,7 @@ def iteration(
         previous.teacher if previous else run.initial_teacher(),
         previous.student if previous else None,
         pool,
-        unapproved,
+        when_unapproved,
     )
     examples = tailored.training.examples
     trained = train_on_set(step, examples, save_moments=continued)

@@ -25,6 +25,8 @@
         examples.parquet       the probing set: accepted instructions and their responses
         influence.parquet      influence of the probing set
         preferences.parquet    preference pairs
+        approval.md            preference pairs that wait for approval, to be read by a person
+        approved.json          hash of the approved preference pairs
         metrics.json           written last, when the iteration is finished
         training/              training set of the updated teacher: instructions.parquet, examples.parquet
         training-influence.parquet

@@ -25,7 +25,7 @@ from montessori_core.influence.table import describe_influence, domination_warni
 from tasks.resume import resume_command
 from tasks.run import Run
 
-Unapproved = Literal["pause", "refuse"]
+WhenUnapproved = Literal["pause", "refuse"]
 """What a driver does with pairs that are not approved: pause until a person answers in Prefect, or end with an error."""
 _WEEK = 7 * 24 * 3600  # seconds
 _PAIRS_SHOWN = 8
@@ -62,7 +62,7 @@ def approve_pairs(run: Run) -> Path:
     raise UserError(f"{run.folder}: no preference pairs wait for approval; resume the run without --approve-pairs")
 
 
-def check_approval(run: Run, number: int, influence: Path, preferences: Path, unapproved: Unapproved) -> None:
+def check_approval(run: Run, number: int, influence: Path, preferences: Path, when_unapproved: WhenUnapproved) -> None:
     """Return when these pairs are approved.
 
     Raises:
@@ -71,7 +71,7 @@ def check_approval(run: Run, number: int, influence: Path, preferences: Path, un
     if _is_approved(run, number, preferences):
         return
     summary = _summary(run, number, influence, preferences)
-    if unapproved == "pause":
+    if when_unapproved == "pause":
         _ask(number, summary)
         _record(run, number, preferences)
         return

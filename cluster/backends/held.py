@@ -219,7 +219,7 @@ class HeldBackend(AllocationBackend):
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        passing = self._sbatch.accepts_later(refusal, count)
+        passing = self._sbatch.adapt_to_refusal(refusal, count)
         if not passing and without != avoid:
             self._impossible.add(without)
             return

@@ -120,7 +120,7 @@ class SlurmBackend:
             with _limit_sbatch(folder):
                 jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
-            if self.accepts_later(str(error), count):
+            if self.adapt_to_refusal(str(error), count):
                 raise SchedulerUnavailable(str(error)) from error
             if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
                 raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
@@ -133,8 +133,10 @@ class SlurmBackend:
         self.double_arrays()
         return [job.job_id for job in jobs]
 
-    def accepts_later(self, refusal: str, jobs: int) -> bool:
-        """Whether sbatch would accept jobs later, or fewer now: the controller is down, or this user would have too many.
+    def adapt_to_refusal(self, refusal: str, jobs: int) -> bool:
+        """Let the next array be smaller if this one exceeded a limit; return whether sbatch would accept jobs later.
+
+        It would if the controller is down, or this user would have too many jobs.
 
         An array may exceed a limit that waiting does not raise: arrays start again with one task, and double while they are
         accepted. One job is not refused for ever if this user has other jobs, which will end.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from montessori_core import layout
 from montessori_core.data.sources import Task
-from tasks.approval import Unapproved, check_approval
+from tasks.approval import WhenUnapproved, check_approval
 from tasks.influence import collect_influence
 from tasks.run import ApiModel, Model
 from tasks.stage import Step
@@ -41,7 +41,7 @@ def tailor(
     teacher: Model,
     student: Model | None,
     synthetic_pool: Path | None,
-    unapproved: Unapproved | None = None,
+    when_unapproved: WhenUnapproved | None = None,
 ) -> TailoringResult:
     """Measure the influence of the teacher's data, update the teacher with DPO, and let it write the training set.
 
@@ -51,13 +51,13 @@ def tailor(
         teacher: teacher of the last iteration, or the initial teacher.
         student: student of the last iteration, with its moments; None: warm up a student.
         synthetic_pool: training set of the last iteration.
-        unapproved: what to do with pairs that are not approved; None: they need no approval.
+        when_unapproved: what to do with pairs that are not approved; None: they need no approval.
     """
     probed = probe(step, number, teacher, student, synthetic_pool)
     influence = measure(step, probed)
     preferences = collect_preferences(step, probed.synthesized.examples, influence)
-    if unapproved is not None:
-        check_approval(step.run, number, influence, preferences, unapproved)
+    if when_unapproved is not None:
+        check_approval(step.run, number, influence, preferences, when_unapproved)
     keep = step.experiment.comparison.teacher_checkpoints
     updated = update_teacher(step.at("teacher", "teacher update"), teacher, preferences, keep=keep)
     training = write_training_set(step, updated, number, synthetic_pool)

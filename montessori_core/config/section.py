@@ -3,10 +3,11 @@
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from montessori_core.config.secrets import secrets_in
 from montessori_core.errors import ConfigError
 
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<parts>[0-9]+(?::[0-9]+){0,2})")
@@ -44,9 +45,20 @@ FolderName = Annotated[str, AfterValidator(_reject_parent_folder)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable; an unknown key is an error."""
+    """A part of the configuration: immutable; an unknown key or a secret is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        for name, value in self:
+            if secret := next(secrets_in(name, value), None):
+                raise ValueError(
+                    f"{secret}: looks like a secret, but a configuration is stored, shown in reports and published; remove "
+                    "it, and put it into an environment variable where the driver starts (the key of an API into the one "
+                    "that key_variable names, a token of the hub into HF_TOKEN)"
+                )
+        return self
 
 
 Configuration = TypeVar("Configuration", bound=Section)
@@ -110,6 +122,8 @@ def _describe(problem: Any, root: type[Section]) -> str:
     if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"].endswith(RUN_NAME):
         message = "a name has letters, digits, '.', '_' and '-', at most 80, and begins with a letter or digit"
     if isinstance(problem["input"], dict | BaseModel):
+        return message
+    if any(secrets_in("", {str(part): problem["input"] for part in problem["loc"]})):
         return message
     return f"{message}; got {_shortener.repr(problem['input'])}"
 

@@ -5,7 +5,6 @@ last part: cards are published.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ from montessori_core.data.tables import INSTRUCTIONS, read_table
 from montessori_core.export.formats import Format
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.published import published_changes
-from montessori_core.export.sets import RunSet, name_of
+from montessori_core.export.sets import RunSet
 from montessori_core.files import read_json
 from montessori_core.models.licences import licence_of
 from montessori_core.synthesis.filtering import funnel
@@ -82,7 +81,7 @@ def run_card(sets: Sequence[tuple[RunSet, int]], models: Mapping[str, int], form
     features = {data.name: _features(data, form) for data, _ in sets}
     last, size = [(data, rows) for data, rows in sets if data.name == "training"][-1]
     experiment = last.experiment
-    teacher, student = (escape(name_of(model.model)) for model in (experiment.teacher, experiment.student))
+    teacher, student = (escape(last.name_of(model.model)) for model in (experiment.teacher, experiment.student))
     content = [(set_file(data), f"{data.title} of iteration {data.iteration}", f"{rows:,} rows") for data, rows in sets]
     content += [(model_path(role), f"{role} of iteration {number}", "") for role, number in models.items()]
     sections = {
@@ -170,7 +169,7 @@ def _summary(data: RunSet, form: Format, rows: int, unfinished: int, left_out: i
         f"# {escape(experiment.name)}: {data.title}\n\n"
         f"{rows:,} rows for {_TASKS[data.name]}, in the format {form.name}. "
         f"The instructions were written by {escape(data.teacher)}, in iteration {data.iteration} of "
-        f"{experiment.iterations}, for the student {escape(name_of(experiment.student.model))}. "
+        f"{experiment.iterations}, for the student {escape(data.name_of(experiment.student.model))}. "
         "Texts were written by models and were not checked by people; they may be wrong or harmful.\n"
     )
     if data.name == "preferences":
@@ -212,10 +211,10 @@ def _models(data: RunSet) -> str:
     for role, section in (("teacher", experiment.teacher), ("student", experiment.student)):
         commit = commits.get(f"{section.model}@{section.revision or 'main'}", "")
         licence = licence_of(section.model, commit or section.revision) or "not known"
-        rows.append((role, name_of(section.model), commit, licence, hashes.get(f"{role}_sha256", "")))
+        rows.append((role, data.name_of(section.model), commit, licence, hashes.get(f"{role}_sha256", "")))
     for role in ("strong_teacher", "answerer", "judge"):
         if (endpoint := getattr(experiment, role)) is not None:
-            rows.append((role.replace("_", " "), f"{endpoint.model} (API)", "", "not known", ""))
+            rows.append((role.replace("_", " "), f"{data.name_of(endpoint.model)} (API)", "", "not known", ""))
     return (
         table(("role", "model", "commit", "licence", "SHA-256"), rows)
         + "\nNo licence of the data is declared here. Those of these models and of the human-written sets may bind what was "
@@ -227,10 +226,10 @@ def _synthesis(data: RunSet) -> str:
     experiment = data.experiment
     origins = read_origins(data.run / layout.ORIGINS)
     sources = {name: getattr(experiment, name) for name in _SOURCES}
-    sets = [_source(data.run, name, source, origins.get(name, Origin(None))) for name, source in sources.items()]
+    sets = [_source(data, name, source, origins.get(name, Origin(None))) for name, source in sources.items()]
     if isinstance(strategy := experiment.synthesis.strategy, GroundedStrategy):
         licence = origins.get("documents", Origin(None)).licence_text
-        sets.append(("documents", name_of(strategy.documents), "", "", licence, ""))
+        sets.append(("documents", data.name_of(strategy.documents), "", "", licence, ""))
     names = [getattr(entry, "name", entry) for entry in experiment.synthesis.filters]
     lines = [
         table(("set", "source", "revision", "commit", "licence", "examples"), sets),
@@ -253,10 +252,10 @@ def _synthesis(data: RunSet) -> str:
 _SOURCES = ("seed_pool", "reference", "evaluation")
 
 
-def _source(run: Path, name: str, source: DataSource, origin: Origin) -> tuple[str, str, str, str, str, str]:
+def _source(data: RunSet, name: str, source: DataSource, origin: Origin) -> tuple[str, str, str, str, str, str]:
     """Return the row of a human-written set: set, source, revision, commit, licence and size."""
-    parts = [name_of(source.path), *filter(None, [source.subset])]
-    copy = run / layout.SOURCES / f"{name}.jsonl"
+    parts = [data.name_of(source.path), *filter(None, [source.subset])]
+    copy = data.run / layout.SOURCES / f"{name}.jsonl"
     size = f"{sum(1 for _ in jsonl_rows(copy)):,}" if copy.exists() else ""
     title, commit = name.replace("_", " "), origin.commit or ""
     return title, ", ".join(parts), source.revision or "", commit, origin.licence_text, size

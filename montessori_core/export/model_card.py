@@ -10,7 +10,7 @@ from montessori_core.data.cards import CARD
 from montessori_core.data.origins import Origin
 from montessori_core.export.hub_models import HubModel, cached_on_hub
 from montessori_core.export.markdown import escape, fenced, table
-from montessori_core.export.sets import name_of
+from montessori_core.export.published import name_of
 from montessori_core.models.licences import licence_of
 
 _NO_LICENCE = (
@@ -74,7 +74,8 @@ def student_card(
     base = cached_on_hub(student.model, student.revision)
     licence = licence_of(student.model, student.revision)
     declared = shared_licence([licence, origin.licence])
-    name = escape(name_of(student.model))
+    public = [*([base.id] if base else []), *([data.path] if origin.commit else [])]
+    name = escape(name_of(student.model, public))
     rows: list[tuple[str, object]] = [(key.replace("_", " "), value) for key, value in counts.items()]
     rows += [("licence of the data", origin.licence_text)]
     rows += [("commit of the data", origin.commit)] if origin.commit else []
@@ -82,7 +83,7 @@ def student_card(
     rows += [("loss of the last step, nats per token", log[-1]["loss"])] if log else []
     parts = [
         model_header(base, declared, ["sft"], adapter=settings.lora is not None and not merged),
-        f"# {name}, trained on {escape(name_of(data.path))}\n",
+        f"# {name}, trained on {escape(name_of(data.path, public))}\n",
         f"{name} after supervised fine-tuning{' of a LoRA adapter' if settings.lora else ''}"
         f"{', merged into it,' if merged else ''} with Montessori; only "
         f"responses have loss. Licence of {name}: {licence or 'not known'}.{'' if declared else _NO_LICENCE}\n",

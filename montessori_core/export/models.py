@@ -10,7 +10,7 @@ from montessori_core.errors import DataError, UserError
 from montessori_core.export.hub_models import configured_on_hub
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.model_card import model_header, shared_licence, write_card
-from montessori_core.export.sets import name_of
+from montessori_core.export.published import name_of, public_names
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.fingerprints import FINGERPRINT, write_fingerprint
@@ -104,7 +104,7 @@ def model_card(run: Path, role: Role, iteration: int, adapter: bool) -> str:
     parts = [
         model_header(configured_on_hub(run, base), declared, tags, adapter),
         f"# {escape(experiment.name)}: {role} of iteration {iteration}\n",
-        f"{_origin(experiment, role, iteration)}\n",
+        f"{_origin(run, experiment, role, iteration)}\n",
         f"## Licence\n\n{_licence_section(licences, declared)}",
         f"## Training\n\n{table(('training data', ''), [(key.replace('_', ' '), value) for key, value in counts.items()])}\n"
         f"{fenced(dump_yaml(recipe.model_dump(mode='json')), 'yaml')}",
@@ -114,9 +114,10 @@ def model_card(run: Path, role: Role, iteration: int, adapter: bool) -> str:
     return "\n".join(parts)
 
 
-def _origin(experiment: Experiment, role: Role, iteration: int) -> str:
+def _origin(run: Path, experiment: Experiment, role: Role, iteration: int) -> str:
     """Return what the model was trained from, and on what."""
-    student, teacher = (escape(name_of(section.model)) for section in (experiment.student, experiment.teacher))
+    public = public_names(run, experiment)
+    student, teacher = (escape(name_of(part.model, public)) for part in (experiment.student, experiment.teacher))
     plural = "s" * (iteration > 1)
     if role == "student":
         return (
@@ -125,21 +126,22 @@ def _origin(experiment: Experiment, role: Role, iteration: int) -> str:
         )
     return (
         f"{teacher} after {iteration} update{plural} by DPO with Montessori, to write instructions that help {student} on "
-        f"the reference set {escape(name_of(experiment.reference.path))}."
+        f"the reference set {escape(name_of(experiment.reference.path, public))}."
     )
 
 
 def _licences(run: Path, experiment: Experiment, role: Role) -> list[tuple[str, str, str | None]]:
     """Return role, name and licence of the trained model, and of those that wrote its training data; None if not known."""
+    public = public_names(run, experiment)
     roles: tuple[Role, ...] = ("student", "teacher") if role == "student" else ("teacher",)
     rows: list[tuple[str, str, str | None]] = []
     for part in roles:
         section = experiment.student if part == "student" else experiment.teacher
         hub = configured_on_hub(run, section)
         licence = licence_of(section.model, hub.commit if hub else section.revision)
-        rows.append((part, name_of(section.model), licence))
+        rows.append((part, name_of(section.model, public), licence))
     if role == "student" and experiment.answerer is not None:
-        rows.append(("answerer", f"{name_of(experiment.answerer.model)} (API)", None))
+        rows.append(("answerer", f"{name_of(experiment.answerer.model, public)} (API)", None))
     return rows
 
 

@@ -1,13 +1,14 @@
 """What is published of a run's configuration and provenance: nothing that describes a site, and no local path."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.data.origins import read_origins
+from montessori_core.data.shards import is_url
 from montessori_core.export.hub_models import is_id, models_on_hub
 
 _PRIVATE = ("base_url", "key_variable", "cluster")  # settings that describe a site
@@ -29,7 +30,7 @@ def published_settings(run: Path, experiment: Experiment) -> dict[str, Any]:
         run: folder of the run.
         experiment: its configuration.
     """
-    return dict(_published(experiment.model_dump(mode="json"), _public_names(run, experiment)))
+    return dict(_published(experiment.model_dump(mode="json"), public_names(run, experiment)))
 
 
 def published_changes(run: Path, experiment: Experiment) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def published_changes(run: Path, experiment: Experiment) -> dict[str, Any]:
     for name in ("filters", "strategy"):  # the name of an entry is a default too
         if name in content.get("synthesis", {}):
             content["synthesis"][name] = experiment.model_dump(mode="json")["synthesis"][name]
-    return dict(_published(content, _public_names(run, experiment)))
+    return dict(_published(content, public_names(run, experiment)))
 
 
 def published_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +49,18 @@ def published_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {**provenance, "driver": machine} if "driver" in provenance else dict(provenance)
 
 
-def _public_names(run: Path, experiment: Experiment) -> set[str]:
-    """Return the models and data sets of a run that are on the hub, and its models behind an API."""
+def name_of(name: str, public: Collection[str]) -> str:
+    """Return the name of a model or data set for publication: of a path only the last part.
+
+    Args:
+        name: as in a configuration.
+        public: names that are no paths, see `public_names`.
+    """
+    return name if name in public or name.startswith("builtin/") or "/" not in name else _last_part(name)
+
+
+def public_names(run: Path, experiment: Experiment) -> set[str]:
+    """Return the models and data sets that a run read from the hub, by its record, and its models behind an API."""
     origins = read_origins(run / layout.ORIGINS)
     data = {getattr(experiment, name).path for name, origin in origins.items() if origin.commit}
     endpoints = (experiment.judge, experiment.strong_teacher, experiment.answerer)
@@ -73,4 +84,9 @@ def _shortened(name: str, value: Any, public: set[str]) -> Any:
     if not isinstance(value, str) or value in public or value.startswith("builtin/"):
         return value
     is_path = "/" in value if name in _PATHS else _PATH.fullmatch(value)
-    return f"PATH/{Path(value).name}" if is_path else value
+    return f"PATH/{_last_part(value)}" if is_path else value
+
+
+def _last_part(path: str) -> str:
+    """Return the last part of a path; the query of a URL may be a signature."""
+    return Path(re.sub(r"[?#].*", "", path, flags=re.DOTALL) if is_url(path) else path).name

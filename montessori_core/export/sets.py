@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from montessori_core import layout
 from montessori_core.config import Experiment, read_experiment
-from montessori_core.data.files import kind_of
 from montessori_core.data.tables import (
     EXAMPLES,
     INFLUENCE,
@@ -25,6 +24,7 @@ from montessori_core.data.tables import (
 )
 from montessori_core.errors import DataError
 from montessori_core.evaluation.kinds import KindClassifier, read_classifier
+from montessori_core.export.published import name_of, public_names
 
 SetName = Literal["training", "preferences", "scored"]
 SETS: tuple[SetName, ...] = get_args(SetName)
@@ -130,13 +130,17 @@ class RunSet:
     def teacher(self) -> str:
         """The teacher that wrote the instructions: a training set is the updated teacher's."""
         updates = self.iteration if self.name == "training" else self.iteration - 1
-        model = name_of(self.experiment.teacher.model)
+        model = self.name_of(self.experiment.teacher.model)
         return f"{model}, updated {updates} time{'s' * (updates > 1)}" if updates else model
 
     @property
     def source(self) -> str:
         """Name of the run, iteration and set."""
         return f"{self.experiment.name}/{layout.iteration(self.iteration)}/{self.name}"
+
+    def name_of(self, name: str) -> str:
+        """Return the name of a configured model or data set for publication: of a path only the last part."""
+        return name_of(name, self._public)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the rows, or some columns of them, in tables of its schema, in the order of the run's table.
@@ -157,6 +161,10 @@ class RunSet:
             for name, value in origin.items():
                 table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
             yield table.select(schema.names).cast(schema)
+
+    @cached_property
+    def _public(self) -> set[str]:
+        return public_names(self.run, self.experiment)
 
     @cached_property
     def _classifier(self) -> KindClassifier | None:
@@ -185,12 +193,6 @@ def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
             + (f"it exists for iteration {', '.join(map(str, present))}" if present else "resume the run first")
         )
     return RunSet(run, read_experiment(config), name, iteration or present[-1])
-
-
-def name_of(model: str) -> str:
-    """Return the name of a model or data set for publication: of a path only the last part."""
-    is_path = model.startswith(("/", "~", ".")) or model.count("/") > 1 or kind_of(model)
-    return Path(model).name if is_path else model
 
 
 def _kinds(instructions: pa.ChunkedArray, classifier: KindClassifier | None) -> pa.Array:

@@ -19,7 +19,7 @@ def export(folder: Path, *arguments: str) -> tuple[int, str]:
 
 
 def test_student_is_copied_with_its_card(tiny_llama: Path, tmp_path: Path) -> None:
-    hostile = "<script>alert(1)</script>"
+    hostile = "<script>alert(1)"
     run = write_run(tmp_path / "trial", student={"model": hostile}, teacher={"model": str(tmp_path / "t")})
     code, output = export(tmp_path, "student", "--output", "out")
     assert code == 1

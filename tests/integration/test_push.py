@@ -88,7 +88,7 @@ def test_push_keeps_the_site_private(tmp_path: Path) -> None:
         "cluster": {
             "slurm": {
                 "account": "secret-account",
-                "setup": ["export TOKEN=secret-token"],
+                "setup": ["module load secret-module"],
                 "environment": {"PROXY": "secret-proxy"},
             }
         },
@@ -102,7 +102,7 @@ def test_push_keeps_the_site_private(tmp_path: Path) -> None:
     code, output = push(run, "--to", f"file://{out}")
     assert code == 0, output
     hidden = (str(tmp_path), "internal.example", "SECRET_NAME", os.getcwd(), platform.platform())
-    for text in (*hidden, "secret-account", "secret-token", "secret-proxy"):
+    for text in (*hidden, "secret-account", "secret-module", "secret-proxy"):
         assert text in own
         assert [name for name, data in content(out).items() if text.encode() in data] == []
     assert (run / "report.html").read_text() == own

@@ -8,10 +8,12 @@ import yaml
 
 from montessori_core.config import DataSource, parse_experiment, read_experiment
 from montessori_core.data.origins import Origin, write_origins
+from montessori_core.export.card import data_card, run_card
+from montessori_core.export.formats import FORMATS
 from montessori_core.export.model_card import student_card
-from montessori_core.export.models import model_card
-from montessori_core.export.published import published_changes, published_settings
-from montessori_core.export.sets import name_of
+from montessori_core.export.models import ROLES, model_card
+from montessori_core.export.published import name_of, published_changes, published_settings
+from montessori_core.export.sets import open_set
 from montessori_core.files import write_json
 from support.reports import write_run
 from tasks.students import sft_settings
@@ -82,9 +84,50 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
             "judge": "PATH/judge",
         }
         assert settings["synthesis"].items() >= texts.items()
-    assert name_of("acme/clients.jsonl") == "clients.jsonl"
     built_in = experiment.model_copy(update={"reference": DataSource(path="builtin/maths")})
     assert published_settings(run, built_in)["reference"]["path"] == "builtin/maths"
+
+
+@pytest.mark.parametrize(
+    ("name", "public", "shown"),
+    [
+        ("group/rows", ["group/rows"], "group/rows"),
+        ("models/x", ["group/rows"], "x"),
+        ("acme/clients.jsonl", [], "clients.jsonl"),
+        ("checkpoints/secret/model", [], "model"),
+        ("~/model", [], "model"),
+        ("gpt2", [], "gpt2"),
+        ("builtin/maths", [], "builtin/maths"),
+        ("https://acme/rows.jsonl?X-Amz-Signature=secret", [], "rows.jsonl"),
+    ],
+)
+def test_published_name_hides_the_path(name: str, public: list[str], shown: str) -> None:
+    assert name_of(name, public) == shown
+
+
+def test_cards_show_folder_by_name_only(tmp_path: Path) -> None:
+    sections = {
+        "teacher": {"model": "group/tiny"},
+        "student": {"model": "acme/llama"},
+        "seed_pool": {"path": "https://acme/rows.jsonl?sig=acme"},
+        "evaluation": {"path": "acme/rows"},
+        "answerer": {"model": "/acme/served"},
+        "judge": {"model": "vendor/large"},
+        "synthesis": {"answers": "endpoint"},
+    }
+    run = write_run(tmp_path / "trial", **sections)
+    write_json({"group/tiny@main": COMMIT}, run / "models.json")
+    data = open_set(run, "training")
+    cards = [model_card(run, role, 1, adapter=False) for role in ROLES]
+    cards += [data_card(data, FORMATS["trl"], "train.jsonl", 1, 0, 0), run_card([(data, 1)], {}, FORMATS["parquet"])]
+    experiment = read_experiment(run / "config.yaml")
+    settings = sft_settings(experiment, experiment.training, save_moments=False)
+    cards.append(student_card(experiment, DataSource(path="acme/rows"), Origin(None), settings, {}, []))
+    for card in cards:
+        assert "acme" not in card
+        assert "llama" in card
+        assert "group/tiny" in card or card == cards[-1]
+    assert all("vendor/large (API)" in card and "| answerer | served (API)" in card for card in cards[2:4])
 
 
 @pytest.mark.parametrize(

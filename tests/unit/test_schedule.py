@@ -7,6 +7,7 @@ import pytest
 from flows.experiment import _total_iterations
 from montessori_core import layout
 from montessori_core.config import read_experiment
+from montessori_core.files import read_json, write_json
 from support.runs import configuration
 from tasks.run import open_run
 
@@ -48,3 +49,10 @@ def test_schedule_forgets_iterations_of_cancelled_run(run: Path, monkeypatch: py
     finish(run, 1)
     assert total(run, 5, "A", monkeypatch) == 6
     assert total(run, 1, "B", monkeypatch) == 2
+
+
+def test_schedule_of_earlier_run_continues(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json({"finished": 3, "A": 4}, run / layout.SCHEDULE)
+    assert total(run, 1, "A", monkeypatch) == 4
+    assert total(run, 2, "B", monkeypatch) == 5
+    assert read_json(run / layout.SCHEDULE) == {"finished": 3, "totals": {"A": 4, "B": 5}}
