@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +54,8 @@ from montessori_core.influence.preferences import (
     write_preferences,
 )
 from montessori_core.influence.signals import open_in_context, open_training_loss
+from montessori_core.models.examples import encode_tasks
+from montessori_core.models.load import load_tokenizer
 from support import CONFIGS, ROOT
 from support.judges import JudgeServer
 from support.row_programs import as_compute
@@ -170,6 +172,30 @@ def test_demonstration_with_answers_has_highest_utility(smollm2: Path, tmp_path:
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].null_count == 0
 
 
+def test_in_context_gain_weighs_examples_or_tokens(smollm2: Path, tmp_path: Path) -> None:
+    tasks = [
+        Task("short", "What is the secret word?", "Tamarind."),
+        Task(
+            "long", "Name a river.", "The Danube is a river in Europe; it flows from the Black Forest to the Black Sea."
+        ),
+    ]
+    row = {"example_id": "e", "prompt_id": "p", "instruction": "What is the secret word?", "response": "Tamarind."}
+
+    def gain(reference: list[Task], reduction: Literal["example", "token"]) -> float:
+        write_tasks(reference, tmp_path / "reference.jsonl")
+        settings = programs.ReferenceSignal(max_length=128, batch_tokens=512, reference_reduction=reduction)
+        compute = as_compute(open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
+        compute([row], tmp_path / "part.parquet", lambda done: None)
+        return float(read_table(tmp_path / "part.parquet", UTILITY)["utility"][0].as_py())
+
+    short, long = (gain([task], "token") for task in tasks)
+    tokens = [example.response_tokens for example in encode_tasks(load_tokenizer(smollm2), tasks, 128, "reference")]
+    assert short > long + 1.0  # nats per token: the demonstration has the short answer
+    assert tokens[1] > 2 * tokens[0]
+    assert gain(tasks, "example") == pytest.approx((short + long) / 2, rel=1e-5)
+    assert gain(tasks, "token") == pytest.approx(np.average([short, long], weights=tokens), rel=1e-5)
+
+
 def test_training_loss_encodes_like_training(smollm2: Path, tmp_path: Path) -> None:
     settings = programs.ModelLoss(max_length=64, batch_tokens=512)
     compute = as_compute(open_training_loss(settings, {"student": smollm2}))
@@ -198,6 +224,8 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
     assert second["spread_over_seeds"] == pytest.approx(np.std(second["gain_of_seeds"], ddof=1))
     assert second["job_seconds"] == 30.0
     assert second["flops"] == 30e9
+    one_seed = [replace(outcome, losses=outcome.losses[:1]) for outcome in (baseline, better)]
+    assert [row["spread_over_seeds"] for row in compare_outcomes(one_seed, "plain")] == [None, None]
 
 
 def test_interval_of_one_seed_is_over_examples(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from montessori_core.config import DataSource
@@ -527,17 +528,38 @@ def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None
 def test_sequential_sign_errors_stay_within_rate() -> None:
     """A thousand draws of differences whose mean is small compared with their spread, the hardest case."""
     generator = torch.Generator().manual_seed(0)
+    rule = SequentialReference(ReferenceSet(examples(256, seed=4), 4096, CPU), 32, 0.1)
     wrong = saved = 0
     for _ in range(1000):
         differences = torch.randn(256, generator=generator, dtype=torch.float64) + 0.1
-        ends = range(32, 257, 32)
-        for seen in ends:
-            if is_decided(differences[:seen], 256, 0.1 / (len(ends) - 1)):
+        for look in rule.looks:
+            seen = differences[look.seen]
+            if is_decided(seen, 256, rule.look_error_rate):
                 break
-        wrong += bool((differences[:seen].mean() > 0) != (differences.mean() > 0))
-        saved += 256 - seen
+        wrong += bool((seen.mean() > 0) != (differences.mean() > 0))
+        saved += 256 - len(seen)
     assert wrong <= 0.1 * 1000
     assert saved > 0.2 * 256 * 1000
+
+
+def test_sequential_looks_are_random_and_share_error_rate() -> None:
+    reference = ReferenceSet(examples(64, seed=4), 512, CPU)
+    rule = SequentialReference(reference, 8, 0.07)
+    assert [len(look.seen) for look in rule.looks] == [*range(8, 65, 8)]
+    assert rule.looks[0].seen != [*range(8)]  # examples of a file are often sorted, so its beginning is no sample
+    assert rule.look_error_rate == 0.07 / 7  # the last look is exact
+    assert SequentialReference(reference, 64, 0.07).look_error_rate == 0.07
+
+
+def test_sequential_decides_at_limit_of_t_test() -> None:
+    differences = torch.tensor([-1.0, 2.0, 0.5, -3.0, 1.0, 0.5], dtype=torch.float64)  # their mean is 0
+    error = float(stats.sem(differences)) * (1 - 6 / 20) ** 0.5  # of 6 drawn from 20 without replacement
+    limit = float(stats.t.ppf(1 - 0.07 / 2, df=5)) * error
+    for sign in (1, -1):
+        assert is_decided(differences + sign * 1.001 * limit, 20, 0.07)
+        assert not is_decided(differences + sign * 0.999 * limit, 20, 0.07)
+    assert is_decided(differences, 6, 0.07)  # the full set
+    assert not is_decided(differences[:1], 20, 0.07)  # no spread is known
 
 
 def test_placement_changes_no_bit(warm: Any, tiny_llama: Path) -> None:

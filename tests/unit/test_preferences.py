@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from montessori_core.influence.preferences import (
     pair_across_prompts,
     pair_by_influence,
     pair_by_utility,
+    standard_errors,
     threshold_of,
     thresholds_of,
     write_preferences,
@@ -105,7 +107,7 @@ VALUES = {
     "c1": -1.0,
     "c2": None,
     "d1": 0.0,
-    "d2": -9.0,
+    "d2": -90.0,
 }
 
 
@@ -120,7 +122,7 @@ def test_pairs_are_cross_product_within_prompt() -> None:
 
 def test_baseline_moves_the_threshold() -> None:
     assert pairs(Preferences(baseline="null_step"), null_step=4.5) == [("b1", "b2")]
-    # The median of the measured rows is 0: d1 lies on it and makes no pair.
+    # The median of the measured rows is 0, their mean is -9: d1 lies on the median and makes no pair.
     assert threshold_of(influence(VALUES), "median") == 0.0
     assert pairs(Preferences(baseline="median")) == pairs(Preferences(baseline="student"))
 
@@ -142,15 +144,15 @@ def test_prompt_baseline_pairs_around_its_mean() -> None:
     [
         ({"baseline": "prompt"}, [("a2", "a1"), ("b2", "b1")]),
         ({"baseline": "median"}, []),
-        ({"baseline": "median", "pairs": "across_prompts"}, [("a2", "b1"), ("a1", "b2")]),
+        ({"baseline": "median", "pairs": "across_prompts"}, [("a2", "b1"), ("a1", "b2")]),  # the mean is above a1
     ],
 )
 def test_utility_is_compared_as_influence_is(settings: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     """Prompt a has higher utility than prompt b: the median lies between them."""
     utility = pa.table(
-        {"example_id": ["a1", "a2", "b1", "b2"], "prompt_id": ["a", "a", "b", "b"], "utility": [5.0, 6.0, 1.0, 2.0]}
+        {"example_id": ["a1", "a2", "b1", "b2"], "prompt_id": ["a", "a", "b", "b"], "utility": [5.0, 60.0, 1.0, 2.0]}
     )
-    measured, rules = influence({"a1": 5.0, "a2": 6.0, "b1": 1.0, "b2": 2.0}), Preferences.model_validate(settings)
+    measured, rules = influence({"a1": 5.0, "a2": 60.0, "b1": 1.0, "b2": 2.0}), Preferences.model_validate(settings)
     for table in (pair_by_utility(utility, rules), pair_by_influence(measured, rules)):
         assert list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True)) == expected
 
@@ -185,6 +187,14 @@ def test_margin_is_in_standard_errors() -> None:
     # First order: each row gets the root mean square of all errors, here 2; a difference has 2.8.
     first_order = dict.fromkeys(VALUES, 0.0) | {"a1": 6.0}
     assert kept(1.0, "first_order", **first_order) == [("a1", "a3"), ("a1", "a4"), ("a2", "a4")]
+    # Screened: the first-order rows a3 and a4 get 2.9, the exact rows keep their errors.
+    better, worse = ({name: VALUES[name] for name in names} for names in (("a1", "a2"), ("a3", "a4")))
+    screened = pa.concat_tables(
+        [influence(better, errors=errors), influence(worse, errors=errors, estimator="first_order")]
+    )
+    assert standard_errors(screened).round(2).tolist() == [0.6, 3.0, 2.88, 2.88]
+    (pair,) = pair_by_influence(screened, Preferences(baseline="student", margin=1.5)).to_pylist()
+    assert (pair["chosen_id"], pair["rejected_id"]) == ("a1", "a4")
 
 
 def test_max_pairs_keeps_widest_gaps_in_order() -> None:
@@ -197,7 +207,7 @@ def across(baseline: str = "student", **settings: Any) -> Preferences:
 
 
 def test_pairs_across_prompts_match_best_with_worst() -> None:
-    """Helpful: b1 5, b2 4, a1 3, a2 1. Harmful: d2 -9, a4 -2, then a3 and c1 -1. d1 is on the threshold."""
+    """Helpful: b1 5, b2 4, a1 3, a2 1. Harmful: d2 -90, a4 -2, then a3 and c1 -1. d1 is on the threshold."""
     first = [("b1", "d2"), ("b2", "a4"), ("a1", "a3"), ("a2", "c1")]
     second = [("b1", "a4"), ("b2", "a3"), ("a1", "c1"), ("a2", "d2")]
     assert pairs(across()) == pairs(across("median")) == first
@@ -217,7 +227,7 @@ def test_pairs_across_prompts_keep_rejected_prompt(tmp_path: Path) -> None:
     write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
     (row,) = read_table(tmp_path / "preferences.parquet", PREFERENCES).to_pylist()
     assert (row["prompt_id"], row["prompt"]) == ("d", "prompt d")
-    assert (row["chosen"], row["rejected"], row["rejected_influence_student"]) == ("raw b1", "raw d2", -9.0)
+    assert (row["chosen"], row["rejected"], row["rejected_influence_student"]) == ("raw b1", "raw d2", -90.0)
 
 
 NUMBERS = st.floats(-1.0, 1.0)
@@ -271,10 +281,15 @@ def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences
     """Return pairs by definition: all helpful with all harmful examples of a prompt, those with the widest gaps."""
     floor = read_influence_metadata(influence, "noise_floor")
     measured = [row for row in influence.to_pylist() if row["status"] == "ok"]
+    common = {
+        "student": 0.0,
+        "null_step": read_influence_metadata(influence, "null_step_influence"),
+        "median": statistics.median([row["influence_student"] for row in measured] or [0.0]),
+    }
 
     def threshold(row: dict[str, Any]) -> float:
         if settings.baseline != "prompt":
-            return threshold_of(influence, settings.baseline)
+            return common[settings.baseline]
         return float(np.mean([r["influence_student"] for r in measured if r["prompt_id"] == row["prompt_id"]]))
 
     def sure(best: dict[str, Any], worst: dict[str, Any]) -> bool:

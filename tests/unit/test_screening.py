@@ -1,5 +1,6 @@
 """The screened estimator: calibrated, correctly reported, and independent of row order."""
 
+import math
 import random
 
 import numpy as np
@@ -11,19 +12,32 @@ from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.data.rows import Positions
 from montessori_core.data.tables import table_from_rows
 from montessori_core.influence.preferences import pair_by_influence
-from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
+from montessori_core.influence.screening import (
+    Agreement,
+    ScreeningReport,
+    calibrate,
+    conformal_width,
+    draw_ids,
+    screening_report,
+)
 from montessori_core.influence.table import schema_with_metadata
 from montessori_core.program import Row
 from tasks.screening import InfluenceStages, estimate_influence
 
 SETTINGS = Screening(audit_examples=100)
+NULL_STEP = 0.25
+"""Influence of the null step, nats."""
 
 
 class Bench:
-    """Rows with given exact influence, and a first-order estimate with a given error; counts measurements."""
+    """Rows with given exact influence, and a first-order estimate with a given error; counts measurements.
+
+    The status of a NaN is 'non_finite'.
+    """
 
     def __init__(self, count: int, error: float, seed: int = 0, shift: float = 0.0, apart: float = 0.0) -> None:
         """`apart` is the distance between the means of prompts, which have four rows each."""
+        self.noise_floor = 1e-9
         draw = random.Random(seed)
         self.rows: list[Row] = [{"example_id": f"e{n:04d}", "prompt_id": f"p{n // 4}"} for n in range(count)]
         self.exact = {row["example_id"]: draw.gauss(0.2, 1.0) + n // 4 * apart for n, row in enumerate(self.rows)}
@@ -43,13 +57,13 @@ class Bench:
             {
                 "example_id": row["example_id"],
                 "prompt_id": row["prompt_id"],
-                "status": "ok",
+                "status": "ok" if math.isfinite(value) else "non_finite",
                 "tokens": 9,
                 "response_tokens": 5,
                 "truncated": False,
                 "example_loss": 1.0,
-                "influence_student": values[row["example_id"]],
-                "influence_null_step": values[row["example_id"]],
+                "influence_student": value if math.isfinite(value) else None,
+                "influence_null_step": value - NULL_STEP if math.isfinite(value) else None,
                 "reference_tokens": 100 if estimator == "exact" else 0,
                 "estimator": estimator,
                 "audited": False,
@@ -57,8 +71,14 @@ class Bench:
                 "dominated_share": 0.5 if estimator == "exact" else 0.25,
             }
             for row in rows
+            for value in [values[row["example_id"]]]
         ]
-        notes = {"noise_floor": 1e-9, "null_step_influence": 0.0, "student_loss": 2.0, "reference_tokens": 100.0}
+        notes = {
+            "noise_floor": self.noise_floor,
+            "null_step_influence": NULL_STEP,
+            "student_loss": 2.0,
+            "reference_tokens": 100.0,
+        }
         return table_from_rows(records, schema_with_metadata(notes)).to_reader()
 
 
@@ -80,13 +100,14 @@ def test_screened_signs_in_doubt_are_exact() -> None:
         rows = [r for r in table.to_pylist() if r["estimator"] == estimator]
         assert {(r["gradient_norm"], r["dominated_share"]) for r in rows} == expected
     assert all(r["influence_student"] == bench.exact[r["example_id"]] for r in confirmed)
-    assert all(r["first_order_null_step"] == bench.estimate[r["example_id"]] for r in confirmed)
+    assert all(r["first_order_null_step"] == bench.estimate[r["example_id"]] - NULL_STEP for r in confirmed)
     assert report.confirmed < 300  # the width follows the errors, not the influences
     wrong = sum((r["influence_student"] > 0) != (bench.exact[r["example_id"]] > 0) for r in table.to_pylist())
     alone = sum((bench.estimate[name] > 0) != (value > 0) for name, value in bench.exact.items())
     assert wrong <= 0.05 * 2000
     assert wrong < alone / 3
     assert not report.fell_back
+    assert "fell back" not in dict(report.describe())
 
 
 def test_linear_estimates_are_audited_as_first_order_is() -> None:
@@ -117,20 +138,29 @@ def test_screened_from_both_tables_equals_measured() -> None:
     assert first.equals(second)
 
 
-def test_common_error_is_corrected_by_offset() -> None:
+@pytest.mark.parametrize("baseline", ["student", "median"])
+def test_common_error_is_corrected_by_offset(baseline: str) -> None:
     shifted = Bench(2000, error=0.05, shift=0.8)
-    table = screen(shifted, SETTINGS, "student")
+    table = screen(shifted, SETTINGS, baseline)
     report = screening_report(table)
     assert report is not None
-    assert report.estimated.high < 0.9  # a quarter of the signs are wrong before the correction
+    if baseline == "student":
+        assert report.estimated.high < 0.9  # a quarter of the signs are wrong before the correction
+    else:
+        assert report.estimated.share > 0.9  # the median has the same error
     assert report.screened.share > 0.95
     assert not report.fell_back
     assert report.offset == pytest.approx(-0.8, abs=0.05)
-    assert report.confirmed < 300
+    assert 0 < report.confirmed < 300
+    threshold = 0.0 if baseline == "student" else float(np.median([*shifted.exact.values()]))
     for row in table.to_pylist():
+        exact, estimate = (values[row["example_id"]] for values in (shifted.exact, shifted.estimate))
         if row["estimator"] == "first_order":
-            assert row["influence_student"] == row["first_order_null_step"] + report.offset
-            assert row["influence_student"] == pytest.approx(shifted.exact[row["example_id"]], abs=0.3)
+            assert row["influence_student"] == estimate + report.offset
+            assert row["influence_null_step"] == row["first_order_null_step"] + report.offset
+            assert row["influence_student"] == pytest.approx(exact, abs=0.3)
+        elif not row["audited"]:
+            assert exact == pytest.approx(threshold, abs=0.4)
 
 
 def test_prompt_baseline_decides_order_within_prompts() -> None:
@@ -170,13 +200,69 @@ def test_agreement_interval_has_nominal_coverage() -> None:
 
 def test_unfit_screening_falls_back_to_exact() -> None:
     bench = Bench(300, error=3.0)
+    for name in ("e0007", "e0100"):
+        bench.estimate[name] = bench.exact[name] = math.nan
     table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
     assert report.fell_back
     assert report.estimated.share < 0.9
-    assert table["influence_student"].to_pylist() == list(bench.exact.values())
-    assert set(table["estimator"].to_pylist()) == {"exact"}
+    assert report.screened.share == 1
+    assert dict(report.describe())["fell back"] == "first order failed the audit: every example was measured exactly"
+    assert bench.measured == {"screen": 300, "audit": 100, "confirm": 198}
+    for row in table.to_pylist():
+        if row["example_id"] in ("e0007", "e0100"):  # not measured again
+            assert (row["status"], row["estimator"]) == ("non_finite", "first_order")
+        else:
+            assert (row["influence_student"], row["estimator"]) == (bench.exact[row["example_id"]], "exact")
+
+
+AUDIT = [
+    (2.0, 3.2),  # calibrates, as every other row does: exact influence is 1.2 below the estimate
+    (1.0, 2.05),  # corrected by the offset of -1: has the right sign
+    (-0.5, 0.6),  # 1.1 below, wrong before the correction
+    (0.35, 1.15),  # corrected: on the wrong side of the threshold, but in doubt
+    (0.8, 1.8),  # 1.0 below
+    (0.6, 0.4),  # corrected: wrong, and not in doubt
+    (-3.0, -2.1),  # 0.9 below
+    (0.24, 1.9),  # corrected: wrong, but exact influence is within the noise floor of the threshold
+    (5.0, 3.0),  # 2.0 above
+    (math.nan, 1.0),
+    (math.nan, 1.0),
+    (-2.0, -1.1),  # corrected: has the right sign
+]
+"""Exact influence and first-order estimate of audited examples; the threshold is NULL_STEP."""
+
+
+def calibrated(floor: float, minimum_agreement: float = 0.5) -> ScreeningReport:
+    """Return the report of AUDIT; the width bounds four of the six errors that calibrate."""
+    bench = Bench(len(AUDIT), error=0.0)
+    bench.noise_floor = floor
+    for name, (exact, estimate) in zip(bench.exact, AUDIT, strict=True):
+        bench.exact[name], bench.estimate[name] = exact, estimate
+    audit = np.arange(len(AUDIT))
+    audited = bench.measure_exactly("audit", audit).read_all()
+    settings = Screening(error_rate=0.45, minimum_agreement=minimum_agreement)
+    return calibrate(bench.measure_all("first_order").read_all(), audit, audited, settings, "null_step")
+
+
+def test_audit_calibrates_and_validates_by_definition() -> None:
+    report = calibrated(floor=0.05)
+    assert report.offset == pytest.approx(-1.0)  # the median; the mean is -0.44
+    assert report.width == pytest.approx(0.2)  # errors are 0, 0.1, 0.1, 0.2, 3 and, of the NaN, infinite
+    assert report.spearman == pytest.approx(
+        1 - 6 * 22 / (10 * 99)
+    )  # of ten ranks, whose squared differences add up to 22
+    assert (report.estimated.share, report.estimated.signs) == (8 / 9, 9)
+    assert (report.screened.share, report.screened.signs) == (3 / 4, 4)
+    assert not report.fell_back
+    # Seven of the nine signs are right after the correction.
+    assert not calibrated(floor=0.05, minimum_agreement=0.77).fell_back
+    assert calibrated(floor=0.05, minimum_agreement=0.78).fell_back
+    # The sign of 0.35 is unknown too.
+    noisy = calibrated(floor=0.3)
+    assert noisy.width == 0.3
+    assert (noisy.screened.share, noisy.screened.signs) == (2 / 3, 3)
 
 
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
