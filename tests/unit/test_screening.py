@@ -202,36 +202,39 @@ def test_unfit_screening_falls_back_to_exact() -> None:
     bench = Bench(300, error=3.0)
     for name in ("e0007", "e0100"):
         bench.estimate[name] = bench.exact[name] = math.nan
+    (audited,) = draw_ids([*bench.exact], 1)
+    bench.exact[audited] = math.nan  # its estimate is finite
     table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
     assert report.fell_back
     assert report.estimated.share < 0.9
-    assert report.screened.share == 1
     assert dict(report.describe())["fell back"] == "first order failed the audit: every example was measured exactly"
     assert bench.measured == {"screen": 300, "audit": 100, "confirm": 198}
     for row in table.to_pylist():
         if row["example_id"] in ("e0007", "e0100"):  # not measured again
             assert (row["status"], row["estimator"]) == ("non_finite", "first_order")
+        elif row["example_id"] == audited:
+            assert (row["status"], row["estimator"], row["influence_student"]) == ("non_finite", "exact", None)
         else:
             assert (row["influence_student"], row["estimator"]) == (bench.exact[row["example_id"]], "exact")
 
 
 AUDIT = [
-    (2.0, 3.2),  # calibrates, as every other row does: exact influence is 1.2 below the estimate
-    (1.0, 2.05),  # corrected by the offset of -1: has the right sign
-    (-0.5, 0.6),  # 1.1 below, wrong before the correction
-    (0.35, 1.15),  # corrected: on the wrong side of the threshold, but in doubt
-    (0.8, 1.8),  # 1.0 below
-    (0.6, 0.4),  # corrected: wrong, and not in doubt
-    (-3.0, -2.1),  # 0.9 below
-    (0.24, 1.9),  # corrected: wrong, but exact influence is within the noise floor of the threshold
-    (5.0, 3.0),  # 2.0 above
+    (2.0, 3.2),  # calibrates, error -1.2
+    (1.0, 2.05),  # right sign
+    (-0.5, 0.6),  # calibrates, error -1.1; wrong sign before the correction
+    (0.35, 1.15),  # wrong sign, in doubt
+    (0.8, 1.8),  # calibrates, error -1
+    (0.6, 0.4),  # wrong sign, not in doubt
+    (-3.0, -2.1),  # calibrates, error -0.9
+    (0.24, 1.9),  # wrong sign, but within the noise floor of the threshold
+    (5.0, 3.0),  # calibrates, error 2
     (math.nan, 1.0),
-    (math.nan, 1.0),
-    (-2.0, -1.1),  # corrected: has the right sign
+    (math.nan, 1.0),  # calibrates
+    (-2.0, -1.1),  # right sign
 ]
-"""Exact influence and first-order estimate of audited examples; the threshold is NULL_STEP."""
+"""Exact influence and first-order estimate of audited examples; signs are against NULL_STEP, after an offset of -1."""
 
 
 def calibrated(floor: float, minimum_agreement: float = 0.5) -> ScreeningReport:
@@ -250,15 +253,16 @@ def test_audit_calibrates_and_validates_by_definition() -> None:
     report = calibrated(floor=0.05)
     assert report.offset == pytest.approx(-1.0)  # the median; the mean is -0.44
     assert report.width == pytest.approx(0.2)  # errors are 0, 0.1, 0.1, 0.2, 3 and, of the NaN, infinite
-    assert report.spearman == pytest.approx(
-        1 - 6 * 22 / (10 * 99)
-    )  # of ten ranks, whose squared differences add up to 22
+    # The squared differences of the ten ranks add up to 22.
+    assert report.spearman == pytest.approx(1 - 6 * 22 / (10 * 99))
     assert (report.estimated.share, report.estimated.signs) == (8 / 9, 9)
     assert (report.screened.share, report.screened.signs) == (3 / 4, 4)
     assert not report.fell_back
     # Seven of the nine signs are right after the correction.
     assert not calibrated(floor=0.05, minimum_agreement=0.77).fell_back
-    assert calibrated(floor=0.05, minimum_agreement=0.78).fell_back
+    unfit = calibrated(floor=0.05, minimum_agreement=0.78)
+    assert unfit.fell_back
+    assert unfit.screened.share == 1
     # The sign of 0.35 is unknown too.
     noisy = calibrated(floor=0.3)
     assert noisy.width == 0.3
