@@ -2,6 +2,7 @@
 
     RUN/
       config.yaml              every setting, including defaults
+      opened.yaml              the same, to find what is edited in config.yaml later
       provenance.json          versions, machine and input models
       models.json              commits of models of the Hugging Face hub
       data_sets.json           licence, where one is stated, and commit on the hub of each set in sources/
@@ -39,6 +40,7 @@ import re
 from pathlib import Path
 
 CONFIG = "config.yaml"
+OPENED = "opened.yaml"
 PROVENANCE = "provenance.json"
 MODEL_COMMITS = "models.json"
 ORIGINS = "data_sets.json"

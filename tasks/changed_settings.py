@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from montessori_core import layout
 from montessori_core.config import Experiment, differences, read_experiment
 from tasks.resume import refusal_of_changes
 
@@ -16,16 +17,23 @@ _FIRST_STAGES = {
 """The first stage that each changeable setting affects, in the order of the stages."""
 
 
-def changed_settings(experiment: Experiment, config: Path) -> list[str]:
+def changed_settings(before: Experiment, experiment: Experiment, config: Path) -> list[str]:
     """Return the settings that differ from those of a run, as `path: before -> after` lines.
+
+    Args:
+        before: the experiment that the run was opened with, whatever its configuration file says now.
+        experiment: the experiment to continue with.
+        config: the configuration file of the run.
 
     Raises:
         UserError: a stage before the preference pairs depends on a changed setting.
     """
-    changed = differences_of_method(read_experiment(config), experiment)
+    changed = differences_of_method(before, experiment)
     fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
     if fixed:
         may_change = "Of the method's settings, only preferences, teacher_update, training and comparison may change."
+        if differences_of_method(before, read_experiment(config)):
+            may_change += f" {config} was edited; its former settings are in {layout.OPENED} beside it."
         raise refusal_of_changes(config.parent, fixed, may_change)
     return changed
 

@@ -193,13 +193,14 @@ def _check_and_write(
     experiment: Experiment, folder: Path, opened_before: bool, lock: ExitStack
 ) -> tuple[Run, list[str]]:
     """Check a run, then write its folder; a new run is locked in between, so that a failed check leaves no folder."""
-    config, copies = folder / layout.CONFIG, folder / layout.SOURCES
+    config, copies, opened = folder / layout.CONFIG, folder / layout.SOURCES, folder / layout.OPENED
     changed: list[str] = []
     benchmarks, benchmarks_copied = experiment.benchmarks, dict[str, Path]()
     benchmarks_before = benchmarks
     if opened_before:
-        changed = changed_settings(experiment, config)
-        benchmarks_before = read_experiment(config).benchmarks
+        before = read_experiment(opened if opened.exists() else config)  # runs of earlier releases have no `opened`
+        changed = changed_settings(before, experiment, config)
+        benchmarks_before = before.benchmarks
         benchmarks_copied = current_copies(benchmarks, benchmarks_before, copies)
     run = Run(folder, experiment)
     copied = opened_before and all(run.source_file(name).exists() for name in Sources.__annotations__)
@@ -242,6 +243,7 @@ def _check_and_write(
         write_origins(origins, folder / layout.ORIGINS)
         if changed or benchmarks != benchmarks_before:
             _mark_unfinished(folder)
+        write_yaml(experiment, opened)
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:

@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import os
+import signal
 from pathlib import Path
 
 import typer
@@ -153,6 +154,10 @@ def main() -> None:
     try:
         with stopped_with_its_job():
             app(standalone_mode=True)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:
+            console.print("interrupted; finished work is kept: the same command continues it", soft_wrap=True)
+        raise
     except DriverStopped:
         console.print(f"{STOPPED} the same command", soft_wrap=True)
         raise SystemExit(1) from None

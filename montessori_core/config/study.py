@@ -47,7 +47,10 @@ class Study(Section):
             if len(set(entries)) < len(entries):
                 raise ValueError(f"{field} has a duplicate entry; remove it")
         if self.baseline not in self.methods:
-            raise ValueError(f"baseline {self.baseline!r} is not in methods; add it there, or choose one of them")
+            methods = ", ".join(self.methods)
+            raise ValueError(
+                f"baseline {self.baseline!r} is not in methods ({methods}); add it there, or choose one of them"
+            )
         return self
 
     @model_validator(mode="after")

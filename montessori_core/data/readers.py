@@ -54,7 +54,7 @@ def _csv_rows(file: DataFile) -> Rows:
     csv.field_size_limit(LONGEST_ROW)
     with file.open() as stream:
         lines = _CsvLines(stream, file.name)
-        reader = csv.reader(lines)
+        reader = csv.reader(lines, strict=True)  # else an open quote takes all rows that follow
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):

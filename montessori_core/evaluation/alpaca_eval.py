@@ -107,7 +107,7 @@ def read_difficulties(path: Path) -> list[float]:
     difficulties: dict[int, float] = {}
     try:
         with open_text(path, newline="") as stream:
-            for number, row in enumerate(csv.reader(stream), 1):
+            for number, row in enumerate(csv.reader(stream, strict=True), 1):
                 if number == 1 or not row:
                     continue
                 try:

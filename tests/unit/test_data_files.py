@@ -312,6 +312,17 @@ def test_bomb_is_refused(compression: str, line: bytes, tmp_path: Path, monkeypa
         read(path)
 
 
+@pytest.mark.parametrize("value", ['"80 inches', '"80" inches'])
+def test_stray_quote_in_csv_is_refused(value: str, tmp_path: Path) -> None:
+    """Else it makes one answer of all rows that follow."""
+    rows = [f"question {number},answer {number}" for number in range(20)]
+    rows[11] = f"How tall is a door?,{value}"
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["instruction,output", *rows]) + "\n")
+    with pytest.raises(DataError, match=r"rows.csv, line \d+: not valid CSV .*is a quote not closed"):
+        read(path)
+
+
 @pytest.mark.guarantee("decompression bombs")
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
 def test_long_row_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

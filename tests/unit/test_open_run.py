@@ -1,6 +1,7 @@
 """Warnings of a run before its first job."""
 
 import json
+import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,22 @@ def test_changed_benchmark_file_replaces_the_copy(tiny_llama: Path, tmp_path: Pa
     (tmp_path / "second.jsonl").unlink()  # a run needs the original no more
     warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, judge={"model": "judge"})
     assert "second: write a poem." in copy.read_text()
+
+
+@pytest.mark.parametrize("edit", ["max_length: 129", "limit: 5"])
+def test_edited_configuration_is_refused(tiny_llama: Path, tmp_path: Path, edit: str) -> None:
+    """The copies of the data sets are of the settings that the run was opened with; cards name those of config.yaml."""
+    warnings_of(tmp_path, tiny_llama)
+    config = tmp_path / "run" / "config.yaml"
+    setting = edit.partition(":")[0]
+    line = next(line for line in config.read_text().splitlines() if line.strip().startswith(f"{setting}:"))
+    config.write_text(config.read_text().replace(line, line.replace(line.strip(), edit), 1))
+    with pytest.raises(
+        UserError, match=rf"(?s){setting}: .* -> .*config.yaml was edited; its former settings are in opened"
+    ):
+        open_run(read_experiment(config), tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "opened.yaml", config)
+    open_run(read_experiment(config), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
