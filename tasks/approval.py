@@ -21,7 +21,7 @@ from montessori_core.errors import UserError
 from montessori_core.export.markdown import escape
 from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.influence.table import describe_influence, domination_warning, summarize_influence
+from montessori_core.influence.table import describe_influence, influence_warnings, summarize_influence
 from tasks.resume import resume_command
 from tasks.run import Run
 
@@ -123,7 +123,6 @@ def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
     baseline = run.experiment.preferences.baseline
     table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES, ["chosen", "rejected"])
     summary = summarize_influence(table, threshold_of(table, baseline))
-    warning = domination_warning(summary)
     shown = range(0, pairs.num_rows, max(1, -(-pairs.num_rows // _PAIRS_SHOWN)))
     lines = [  # not tables, which do not wrap in this dialogue
         f"**{escape(run.experiment.name)}, iteration {number}**: update the teacher on these pairs?\n",
@@ -134,7 +133,7 @@ def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
         ),
         "\nInfluence:\n",
         *(f"* {name}: {value}" for name, value in describe_influence(summary, baseline)),
-        f"\n**Warning**: {escape(warning)}" if warning else "",
+        *(f"\n**Warning**: {escape(warning)}" for warning in influence_warnings(summary)),
         f"\nAll pairs and their influence: {escape(preferences)}, {escape(influence)}",
     ]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from montessori_core.influence.screening import screening_report
 from montessori_core.influence.table import (
     SUMMARIZED,
     describe_influence,
-    domination_warning,
+    influence_warnings,
     join_influence,
     summarize_influence,
 )
@@ -104,12 +104,12 @@ def _join(
     written = read_table(table, INFLUENCE, SUMMARIZED)
     threshold = threshold_of(written, baseline)
     summary = summarize_influence(written, threshold)
-    warning = domination_warning(summary)
-    if warning:
+    of_table = influence_warnings(summary)
+    for warning in of_table:
         warn(label, warning)
     screening = screening_report(written)
     lines = [*describe_influence(summary, baseline), *(screening.describe() if screening else ())]
-    _publish(label, lines, [*warnings, *([warning] if warning else [])])
+    _publish(label, lines, [*warnings, *of_table])
     values = written["influence_student"].drop_null().to_numpy()
     if len(values):
         title = f"Influence of {len(values)} examples; right of the line they help"

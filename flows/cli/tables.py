@@ -20,7 +20,7 @@ from montessori_core.config import Experiment
 from montessori_core.files import read_json
 from montessori_core.formatting import duration, gain_text, interval_text, kind_text, share, spread_text
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.influence.table import describe_influence, domination_warning, summarize_influence
+from montessori_core.influence.table import describe_influence, influence_warnings, summarize_influence
 from montessori_core.models.shape import GB
 from tasks.run import Run
 from tasks.studies import PAGE, read_comparison
@@ -195,8 +195,7 @@ def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
     if not plan.fits:
         console.print(
             f"does not fit: what must be on the device needs {plan.device / GB:.1f} GB. Lower "
-            "--max-length or, for a run, --reference-batch-tokens (influence.reference_batch_tokens), train LoRA matrices "
-            "(--lora-rank), or use --dtype bfloat16",
+            "--max-length or --reference-batch-tokens, train LoRA matrices (--lora-rank), or use --dtype bfloat16",
             style="red",
         )
 
@@ -213,8 +212,8 @@ def print_update_plans(
         console.print(f"fits {memory_gb:g} GB: {'; '.join(fitting)}")
     else:
         console.print(
-            f"does not fit {memory_gb:g} GB: train LoRA matrices (--lora-rank), lower --max-length, or move the optimizer "
-            "to host memory (zero.offload: optimizer)",
+            f"does not fit {memory_gb:g} GB: train LoRA matrices (--lora-rank) or lower --max-length; or, which this plan "
+            "does not show, let the run move the optimizer to host memory (its configuration: zero.offload: optimizer)",
             style="red",
         )
 
@@ -289,9 +288,6 @@ def print_influence(table: pa.Table, baseline: str) -> None:
         if ids:
             more = ", ..." if len(ids) > 3 else ""
             lines.add_row(f"left out: {status.replace('_', ' ')}", f"{len(ids)} ({', '.join(ids[:3])}{more})")
-    truncated = pc.sum(table["truncated"]).as_py()
-    if truncated:
-        lines.add_row("truncated at --max-length", str(truncated))
     if len(values):
         low, median, high = np.percentile(values, [5, 50, 95])
         lines.add_row("influence, 5 % - median - 95 %", f"{low:.3g}  {median:.3g}  {high:.3g} nats per token")
@@ -304,8 +300,7 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     if 0 < read < total:
         lines.add_row("reference tokens saved", f"{1 - read / total:.0%}")
     console.print(lines)
-    warning = domination_warning(summary)
-    warn([warning] if warning else [])
+    warn(influence_warnings(summary))
 
 
 def _sparkline(values: Any) -> str:

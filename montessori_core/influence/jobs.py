@@ -20,7 +20,7 @@ from montessori_core.influence.meter import FirstOrder, InfluenceMeter, Measurem
 from montessori_core.influence.reference import ReferenceSet, open_reference
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
-from montessori_core.influence.table import schema_with_metadata
+from montessori_core.influence.table import CUT_REFERENCES, schema_with_metadata
 from montessori_core.models.chat import Encoded
 from montessori_core.models.device import compute_device
 from montessori_core.models.examples import encode_measured, encode_tasks
@@ -73,12 +73,13 @@ def notes_of(
     reference: ReferenceSet,
     settings: programs.InfluenceMeasurement,
 ) -> dict[str, float]:
-    """Return the numbers that are recorded with an influence table, see `table.NOTES`."""
+    """Return the numbers that are recorded with an influence table, see `table.NOTES` and CUT_REFERENCES."""
     return {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
         "student_loss": meter.student_loss.reduce(settings.reference_reduction),
         "reference_tokens": float(reference.input_tokens),
+        CUT_REFERENCES: float(reference.truncated),
     }
 
 

@@ -91,6 +91,11 @@ class ReferenceSet:
         """Number of tokens of one evaluation, without padding."""
         return sum(batch.tokens for batch in self.batches)
 
+    @property
+    def truncated(self) -> int:
+        """Number of examples whose end is cut."""
+        return sum(example.truncated for example in self._examples)
+
     def batched(self, indices: Sequence[int]) -> list[Batch]:
         """Return batches of the examples at `indices`."""
         lengths = [len(example.input_ids) for example in self._examples]

@@ -15,6 +15,7 @@ from montessori_core.influence.losses import make_batch
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.influence.reference_state import ReferenceState
 from montessori_core.influence.stored_steps import FP16
+from montessori_core.influence.table import CUT_REFERENCES
 from montessori_core.models.examples import encode_tasks
 from montessori_core.program import Compute, Recorder, Report, Row, RowProgram
 
@@ -74,6 +75,7 @@ def open_reference_projection(settings: programs.ReferenceProjection, inputs: Ma
                 "null_step_influence": null_step_influence,
                 "student_loss": state.student_loss.reduce(settings.reference_reduction),
                 "reference_tokens": float(reference.input_tokens),
+                CUT_REFERENCES: float(reference.truncated),
             },
         }
         write_table(table_from_rows([row], REFERENCE_PROJECTION), path, REFERENCE_PROJECTION)

@@ -14,8 +14,11 @@ from montessori_core.data.tables import INFLUENCE, INFLUENCE_BY_TARGET, read_tab
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
 """Numbers of the student that are recorded with a table: nats, and tokens of the reference set."""
+CUT_REFERENCES = "reference_truncated"
+"""The number of reference examples whose end is cut; recorded if there are any: other tables keep their bytes."""
 SUMMARIZED = (
     "status",
+    "truncated",
     "influence_student",
     "influence_null_step",
     "gradient_norm",
@@ -29,19 +32,31 @@ _DOMINATED = 0.5
 
 
 def schema_with_metadata(notes: dict[str, float]) -> pa.Schema:
-    """Return the schema of a table with numbers of the student: all of NOTES."""
-    written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
-    return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
+    """Return the schema of a table with numbers of the student: all of NOTES, and CUT_REFERENCES."""
+    return INFLUENCE.with_metadata({**INFLUENCE.metadata, **_written(notes, "montessori.")})
 
 
 def schema_by_target(notes: Sequence[dict[str, float]]) -> pa.Schema:
-    """Return the schema of a table on several reference sets, with the numbers of each: all of NOTES."""
-    written = {
-        f"montessori.{number}.{name}".encode(): repr(of_target[name]).encode()
-        for number, of_target in enumerate(notes)
-        for name in NOTES
-    }
-    return INFLUENCE_BY_TARGET.with_metadata({**INFLUENCE_BY_TARGET.metadata, **written})
+    """Return the schema of a table on several reference sets, with the numbers of each, as `schema_with_metadata`."""
+    metadata = dict(INFLUENCE_BY_TARGET.metadata)
+    for number, of_target in enumerate(notes):
+        metadata |= _written(of_target, f"montessori.{number}.")
+    return INFLUENCE_BY_TARGET.with_metadata(metadata)
+
+
+def _written(notes: Mapping[str, float], prefix: str) -> dict[bytes, bytes]:
+    names = [*NOTES, CUT_REFERENCES] if notes.get(CUT_REFERENCES) else NOTES
+    return {f"{prefix}{name}".encode(): repr(notes[name]).encode() for name in names}
+
+
+def _read(metadata: Mapping[bytes, bytes], prefix: str) -> dict[str, float]:
+    """Return the numbers that `_written` wrote."""
+    cut = float(metadata.get(f"{prefix}{CUT_REFERENCES}".encode(), 0.0))
+    return {**{name: float(metadata[f"{prefix}{name}".encode()]) for name in NOTES}, CUT_REFERENCES: cut}
+
+
+def _largest(noted: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: max(of_part[name] for of_part in noted) for name in (*NOTES, CUT_REFERENCES)}
 
 
 def read_influence_metadata(table: pa.Table, name: str) -> float:
@@ -51,7 +66,7 @@ def read_influence_metadata(table: pa.Table, name: str) -> float:
 
 def read_influence_metadata_of(table: pa.Table) -> dict[str, float]:
     """Return all numbers recorded with an influence table."""
-    return {name: read_influence_metadata(table, name) for name in NOTES}
+    return _read(table.schema.metadata, "montessori.")
 
 
 def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
@@ -63,16 +78,14 @@ def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
         DataError: a part is missing, damaged, or another table.
     """
     noted = [read_influence_metadata_of(read_table(part, INFLUENCE, columns=[])) for part in parts]
-    notes = {name: max(of_part[name] for of_part in noted) for name in NOTES}
     batches = (batch for part in parts for batch in read_table(part, INFLUENCE).to_batches())
-    return pa.RecordBatchReader.from_batches(schema_with_metadata(notes), batches)
+    return pa.RecordBatchReader.from_batches(schema_with_metadata(_largest(noted)), batches)
 
 
 def join_target(parts: Sequence[Path], target: int) -> pa.RecordBatchReader:
     """Join the rows of one reference set from shards' tables on several; see `join_influence`."""
     noted = [read_table(part, INFLUENCE_BY_TARGET, columns=[]).schema.metadata for part in parts]
-    notes = {name: max(float(of[f"montessori.{target}.{name}".encode()]) for of in noted) for name in NOTES}
-    schema = schema_with_metadata(notes)
+    schema = schema_with_metadata(_largest([_read(metadata, f"montessori.{target}.") for metadata in noted]))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in parts:
@@ -101,7 +114,7 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         threshold: the `influence_student` above which an example counts as helpful.
     """
     measured = pc.equal(table["status"], "ok")
-    student, null_step, norms, dominated, errors = (table[name].filter(measured).to_numpy() for name in SUMMARIZED[1:])
+    student, null_step, norms, dominated, errors = (table[name].filter(measured).to_numpy() for name in SUMMARIZED[2:])
 
     def share(helpful: int) -> float:
         return helpful / len(student) if len(student) else math.nan
@@ -110,6 +123,7 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         "examples": table.num_rows,
         "measured": len(student),
         "excluded": table.num_rows - len(student),
+        "truncated": pc.sum(table["truncated"]).as_py() or 0,
         "threshold": threshold,
         "share_positive": share(int((student > threshold).sum())),
         "share_positive_student": share(int((student > 0).sum())),
@@ -192,15 +206,26 @@ def describe_influence(summary: Mapping[str, float | int], baseline: str) -> lis
     return lines
 
 
-def domination_warning(summary: Mapping[str, float | int]) -> str | None:
-    """Return a warning if the examples' own gradients decide most of AdamW's denominator.
+def influence_warnings(summary: Mapping[str, float | int]) -> list[str]:
+    """Return warnings of cut examples, and of examples whose own gradients decide most of AdamW's denominator.
 
     Args:
         summary: see `summarize_influence`.
     """
+    warnings = []
+    cut, references = summary["truncated"], int(summary[CUT_REFERENCES])
+    if cut or references:
+        warnings.append(
+            f"the end of {cut:,} of {summary['examples']:,} examples and of {references:,} reference examples is cut: they "
+            "have more tokens than student.max_length (montessori influence: --max-length); raise it, or shorten them"
+        )
     share = summary["median_dominated_share"]
-    if not share > _DOMINATED:
-        return None
+    if share > _DOMINATED:
+        warnings.append(_domination_warning(share))
+    return warnings
+
+
+def _domination_warning(share: float) -> str:
     return (
         f"the example's own gradient decides AdamW's denominator in {share:.0%} of the coordinates (median over examples), "
         "so that it damps the momentum whatever the example says, and influence may follow the gradient's size and the "

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from montessori_core import formatting
 from montessori_core.evaluation.statistics import share_interval
 from montessori_core.formatting import UNKNOWN, Unit, count
-from montessori_core.influence.table import LengthLine, domination_warning
+from montessori_core.influence.table import LengthLine, influence_warnings
 from montessori_report.figures import (
     AFTER,
     BEFORE,
@@ -66,13 +66,13 @@ def influence_section(run: RunData, unit: Unit) -> Section:
 
 def _warnings(run: RunData) -> str:
     """Return the warnings about the influence tables, in one paragraph."""
-    warnings = [
-        (run.in_iteration(part.label, iteration), domination_warning(part.summary))
+    return " ".join(
+        f"Warning, {run.in_iteration(part.label, iteration)}: {warning}."
         for iteration in run.iterations
         for part in (iteration.influence, iteration.training_influence)
         if part
-    ]
-    return " ".join(f"Warning, {label}: {warning}." for label, warning in warnings if warning)
+        for warning in influence_warnings(part.summary)
+    )
 
 
 def _of_iteration(iteration: IterationData, run: RunData, unit: Unit) -> Block:

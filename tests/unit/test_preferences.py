@@ -36,7 +36,7 @@ from montessori_core.influence.preferences import (
     write_preferences,
 )
 from montessori_core.influence.table import (
-    domination_warning,
+    influence_warnings,
     join_influence,
     read_influence_metadata,
     schema_with_metadata,
@@ -256,15 +256,28 @@ def test_join_keeps_order_and_largest_noise_floor(tmp_path: Path) -> None:
     assert summarize_influence(joined, 1.5)["share_positive"] == 0.5
 
 
+def test_join_keeps_the_number_of_cut_references(tmp_path: Path) -> None:
+    """The first part is of a version that did not count them."""
+    parts, table = [tmp_path / "part-0.parquet", tmp_path / "part-1.parquet"], influence({"a1": 1.0})
+    write_table(table, parts[0], INFLUENCE)
+    write_table(
+        table.replace_schema_metadata({**table.schema.metadata, b"montessori.reference_truncated": b"3.0"}),
+        parts[1],
+        INFLUENCE,
+    )
+    (warning,) = influence_warnings(summarize_influence(join_influence(parts).read_all(), 0.0))
+    assert "the end of 0 of 2 examples and of 3 reference examples is cut" in warning
+    assert influence_warnings(summarize_influence(join_influence(parts[:1]).read_all(), 0.0)) == []
+
+
 def test_summary_warns_of_dominating_gradients() -> None:
     summary = summarize_influence(influence(VALUES), 0.0)
     assert (summary["median_gradient_norm"], summary["median_dominated_share"]) == (2.0, 0.2)
-    assert domination_warning(summary) is None
-    warning = domination_warning(summarize_influence(influence({"a1": 4.0, "a2": 6.0, "a3": -8.0, "a4": None}), 0.0))
-    assert warning is not None
+    assert influence_warnings(summary) == []
+    (warning,) = influence_warnings(summarize_influence(influence({"a1": 4.0, "a2": 6.0, "a3": -8.0, "a4": None}), 0.0))
     assert "60% of the coordinates" in warning
     assert "--warm-state" in warning
-    assert domination_warning(summarize_influence(influence({"a1": None}), 0.0)) is None
+    assert influence_warnings(summarize_influence(influence({"a1": None}), 0.0)) == []
 
 
 def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:
