@@ -148,10 +148,10 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     check_benchmarks(experiment.benchmarks, {})
     check_environment(experiment)
     pinned = experiment.student.model_copy(update={"revision": commits.get(experiment.student.model)})
-    commit = commit_of(check_student(pinned, "student.max_length"))
+    commit = commit_of(check_student(pinned))
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
-        model = open_student(pinned, run.folder, "student.max_length")
+        model = open_student(pinned, run.folder)
         warnings = [*thinking_warning("evaluation.path", examples), *idle_gpus(experiment.cluster)]
         changed = _copy_examples(examples, bad_rows, run)
         if changed or (config.exists() and read_experiment(config).benchmarks != experiment.benchmarks):

@@ -28,7 +28,6 @@ from tasks.students import check_student, open_student
 log = logging.getLogger(__name__)
 
 _EXAMPLES, _REFERENCE = "examples.parquet", "reference.jsonl"
-_MAX_LENGTH = "max_length"  # the setting's name in errors
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> lis
     warm_state = measurement.warm_state
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
-    check_student(measurement.student, _MAX_LENGTH)
+    check_student(measurement.student)
     references = []
     sources = measurement.reference, *measurement.targets
     for name, source in zip(names_of_targets(measurement), sources, strict=True):
@@ -201,7 +200,7 @@ def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> lis
 
 def _open_models(measurement: Measurement, folder: Path) -> dict[str, Model]:
     """Return the models of a measurement; links to a student with a configured chat template are in its folder."""
-    models = {"student": open_student(measurement.student, folder, _MAX_LENGTH)}
+    models = {"student": open_student(measurement.student, folder)}
     if measurement.warm_state is not None:
         warm_state = measurement.warm_state.resolve()
         models["moments"] = Model(str(warm_state), hash_path(warm_state / MOMENTS_FILE))

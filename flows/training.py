@@ -89,9 +89,9 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
     with TemporaryDirectory() as scratch:
         rows, origin = read_training_rows(training.data, bad_rows, Path(scratch) / "data.parquet")
         if not len(rows):
-            raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
+            raise DataError(f"data.path: {training.data.path} has no rows; give examples to train on")
         check_environment(training.experiment)
-        check_student(training.experiment.student, "student.max_length")
+        check_student(training.experiment.student)
         folder.mkdir(parents=True, exist_ok=True)
         with only_driver(folder):
             write_bad_rows(bad_rows, folder)
@@ -105,7 +105,7 @@ def _train_on_rows(
     folder = _work_folder(output)
     experiment, cluster = training.experiment, training.experiment.cluster
     settings = sft_settings(experiment, experiment.training, training.save_moments)
-    student = open_student(experiment.student, folder, "student.max_length")
+    student = open_student(experiment.student, folder)
     start_tracking(folder, experiment)
     trackers = tracking_input(folder, experiment)
     stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)

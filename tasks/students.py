@@ -60,12 +60,8 @@ def sft_settings(experiment: Experiment, recipe: Optimization, save_moments: boo
     )
 
 
-def check_student(student: Student, setting: str) -> Path:
+def check_student(student: Student) -> Path:
     """Find and check a student that belongs to no run, and write nothing; return its folder.
-
-    Args:
-        student: the student.
-        setting: name of its maximum length, for errors.
 
     Raises:
         UserError: it cannot be used; the message names the setting.
@@ -73,22 +69,22 @@ def check_student(student: Student, setting: str) -> Path:
     folder = fetch_model(student.model, student.revision)
     check_weight_files(folder)
     check_adapter(folder, student.lora, "student.lora")
-    check_positions(folder, student.max_length, setting)
+    check_positions(folder, student.max_length, "student.max_length")
     configured_template(folder, student, "student")
     return folder
 
 
-def open_student(student: Student, folder: Path, setting: str) -> Model:
+def open_student(student: Student, folder: Path) -> Model:
     """Find and check a student that belongs to no run.
 
     Args:
-        student, setting: see `check_student`.
+        student: the student.
         folder: gets its links if a chat template is configured.
 
     Raises:
         UserError: it cannot be used; the message names the setting.
     """
-    model = check_student(student, setting)
+    model = check_student(student)
     if (template := configured_template(model, student, "student")) is not None:
         model = with_template(model, template, folder / "student")
     return Model.of(model)

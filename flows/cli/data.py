@@ -1,13 +1,21 @@
 """The command data check: what a data source holds, and how a run reads it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from flows.cli.console import console
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, data_source, student_with_template
+from flows.cli.options import (
+    TEMPLATE_OPTIONS,
+    ChatTemplate,
+    ChatTemplateVariables,
+    data_source,
+    names_options,
+    student_with_template,
+    with_options,
+)
 from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.files import COMPRESSIONS, KINDS
 from tasks.data_check import NEAR, DataCheck, Part, check_data
@@ -31,7 +39,11 @@ Model = Annotated[
 ]
 Role = Annotated[Set, typer.Option("--as", help="The set that a run would read it as; a seed pool needs no responses.")]
 
+OPTIONS = {**dict.fromkeys(get_args(Set), "SOURCE"), **TEMPLATE_OPTIONS}
+"""See `names_options`."""
 
+
+@names_options(OPTIONS)
 def check(
     source: Source,
     model: Model = None,
@@ -95,7 +107,7 @@ def print_check(result: DataCheck, max_length: int) -> None:
     if result.without_response:
         console.print(f"without a response within {max_length:,} tokens: {result.without_response:,}", style="red")
     if result.too_few:
-        console.print(result.too_few, style="red", soft_wrap=True)
+        console.print(with_options(result.too_few, OPTIONS), style="red", soft_wrap=True)
     near, pair = result.near_duplicates
     console.print(f"near duplicates (ROUGE-L above {NEAR}): {near:,}")
     for text in pair or ():
@@ -129,11 +141,13 @@ def _print_bad_rows(rows: list[BadRow], refused: bool) -> None:
     for row in rows:
         firsts.setdefault(row.reason, row)
         counts[row.reason] = counts.get(row.reason, 0) + 1
-    outcome = "a run refuses them; correct them or set drop_bad_rows and max_bad_rows" if refused else "left out"
+    mapping = "SOURCE '{path: ..., drop_bad_rows: true, max_bad_rows: ...}'"
+    outcome = f"a run refuses them; correct them, or leave them out: {mapping}" if refused else "left out"
     console.print(f"bad rows: {len(rows):,} ({outcome})", style="red" if refused else "yellow")
     for reason in sorted(counts, key=counts.__getitem__, reverse=True)[:_MOST_REASONS]:
         first = firsts[reason]
-        console.print(f"  {counts[reason]:,} {reason}; the first: {first.place}: {first.problem}", soft_wrap=True)
+        problem = with_options(first.problem, OPTIONS)
+        console.print(f"  {counts[reason]:,} {reason}; the first: {first.place}: {problem}", soft_wrap=True)
 
 
 def _colored(parts: list[Part]) -> Text:

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from flows.cli.interrupt import interruptible
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, template_settings, warn
+from flows.cli.options import (
+    TEMPLATE_OPTIONS,
+    ChatTemplate,
+    ChatTemplateVariables,
+    ClusterFile,
+    names_options,
+    template_settings,
+    warn,
+)
 from flows.cli.tables import print_evaluation
 from montessori_core.config import read_cluster, read_yaml
 from montessori_core.config.yaml import apply_overrides
@@ -16,6 +24,7 @@ from montessori_core.presets import find_configuration
 from tasks.resume import resume_command
 
 
+@names_options(TEMPLATE_OPTIONS)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the model.")],
     config: Annotated[

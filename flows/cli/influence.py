@@ -10,7 +10,15 @@ from pydantic import ValidationError
 
 from cluster.backends.local import gpus_of_this_machine
 from flows.cli.console import console
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, Device, data_source, student_with_template
+from flows.cli.options import (
+    TEMPLATE_OPTIONS,
+    ChatTemplate,
+    ChatTemplateVariables,
+    Device,
+    data_source,
+    names_options,
+    student_with_template,
+)
 from flows.cli.tables import print_influence
 from montessori_core.config import Cluster, Influence, Preferences, Resources, StageResources, read_cluster
 from montessori_core.data.files import COMPRESSIONS, KINDS
@@ -108,6 +116,9 @@ StateNumberType = Annotated[
         "memory of a large student's state; arithmetic is in fp32. With --dtype bfloat16 they are in bfloat16 anyway."
     ),
 ]
+ReferenceBatchTokens = Annotated[
+    int, typer.Option(min=1, help="Tokens of a batch of reference examples; fewer take less memory.")
+]
 ClusterInsteadOfDevice = Annotated[
     Path | None, typer.Option("--cluster", help="Cluster file (YAML): where jobs run, in place of --device.")
 ]
@@ -118,7 +129,31 @@ MaxLength = Annotated[
 InstructionField = Annotated[str, typer.Option(help="Field of --examples that holds the instruction.")]
 ResponseField = Annotated[str, typer.Option(help="Field of --examples that holds the response.")]
 
+MEASUREMENT_OPTIONS = {
+    **TEMPLATE_OPTIONS,
+    "examples": "--examples",
+    "examples.instruction_field": "--instruction-field",
+    "examples.output_field": "--response-field",
+    "reference": "--reference",
+    "student.max_length": "--max-length",
+    "student.lora": "--student with the folder of an adapter",
+    "influence.dtype": "--dtype",
+    "influence.state_dtype": "--state-dtype",
+    "influence.reference_batch_tokens": "--reference-batch-tokens",
+    "influence.example_weight": "--example-weight",
+    "cluster": "--cluster",
+}
+"""The options that `influence` and `validate` have for fields, see `names_options`."""
+STEP_OPTIONS = {
+    "influence.estimator": "--estimator",
+    "influence.screening.estimator": "--screen",
+    "influence.sequential": "--sequential",
+    "warmup.learning_rate": "the learning rate that --student was trained with",
+}
+"""Those that `influence` alone has."""
 
+
+@names_options({**MEASUREMENT_OPTIONS, **STEP_OPTIONS})
 def influence(
     student: StudentOption,
     examples: Examples,
@@ -138,6 +173,7 @@ def influence(
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
     state_dtype: StateNumberType = "float32",
+    reference_batch_tokens: ReferenceBatchTokens = 2048,
     device: Device = "auto",
     cluster: ClusterInsteadOfDevice = None,
     max_length: MaxLength = 1024,
@@ -165,6 +201,7 @@ def influence(
         "reference_reduction": reference_reduction,
         "dtype": dtype,
         "state_dtype": state_dtype,
+        "reference_batch_tokens": reference_batch_tokens,
         "screening": {"audit_examples": audit_examples, "estimator": screen},
         "sequential": None if sequential is None else {"error_rate": sequential},
     }

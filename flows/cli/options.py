@@ -1,7 +1,8 @@
 """Options and checks that several commands share."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,16 @@ import typer
 
 from cluster.status import stages_of
 from flows.cli.console import console
-from montessori_core.config import DataSource, Experiment, Student, parse, parse_experiment, parse_yaml, read_cluster
+from montessori_core.config import (
+    Cluster,
+    DataSource,
+    Experiment,
+    Student,
+    parse,
+    parse_experiment,
+    parse_yaml,
+    read_cluster,
+)
 from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run
 
@@ -44,6 +54,52 @@ ChatTemplateVariables = Annotated[
 StageName = Annotated[
     str | None, typer.Option("--stage", help="Stage, as named by status; by default the last that started.")
 ]
+
+TEMPLATE_OPTIONS = {
+    "student.chat_template": "--chat-template",
+    "student.chat_template_kwargs": "--chat-template-kwargs",
+}
+"""See `names_options`."""
+
+_FIELD = re.compile(r"(?<![\w./-])(?P<section>[a-z_]+)\.(?P<field>[a-z_]+(?:\.[a-z_]+)*)(?P<value>: \w+)?")
+
+
+@contextmanager
+def names_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Name the options of a command in its errors, in place of fields of a configuration that it does not read.
+
+    Args:
+        options: see `with_options`.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(with_options(str(error), options)) from error
+
+
+def with_options(message: str, options: Mapping[str, str]) -> str:
+    """Return a message with options in place of fields.
+
+    Args:
+        message: the message.
+        options: the option of each field, such as 'student.max_length'; or of a section: of a data set, that takes a path or
+            a mapping, and of `cluster`, that takes a file.
+    """
+
+    def option_of(match: re.Match[str]) -> str:
+        section, field, value = match["section"], match["field"], match["value"] or ""
+        if (option := options.get(f"{section}.{field}")) is not None:
+            return option + value
+        option, fields = options.get(section), Cluster if section == "cluster" else DataSource
+        if option is None or field.partition(".")[0] not in fields.model_fields:  # or the name of a file
+            return match[0]
+        if field == "path":
+            return option + value
+        if section == "cluster":
+            return f"{field} of {option}{value}"
+        return f"{option} '{{path: ..., {field}{value or ': ...'}}}'"
+
+    return _FIELD.sub(option_of, message)
 
 
 def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overrides: Sequence[str] = ()) -> Experiment:

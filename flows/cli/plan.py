@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.console import console
-from flows.cli.influence import ScreenName, parse_options
+from flows.cli.influence import ReferenceBatchTokens, ScreenName, parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
 from montessori_core.config import Influence, Lora, TeacherUpdate, Vllm, parse
 from montessori_core.errors import UserError
@@ -46,7 +46,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
+    reference_batch_tokens: ReferenceBatchTokens = 2048,
     lora_rank: Annotated[
         int | None,
         typer.Option(min=1, help="Plan for a LoRA adapter of this rank; by default all weights are trained."),
@@ -67,6 +67,10 @@ def plan(
     lora = Lora(rank=lora_rank) if lora_rank else None
     if teacher is not None:
         _check_options_of_teacher(context)
+        if quantization and not lora:
+            raise UserError(
+                "--quantization: weights in 4 bits cannot be trained, only an adapter on them: give --lora-rank"
+            )
         _plan_update(teacher, _parse_update(lora, quantization), max_length or 2048, gpu_memory)
         return
     if quantization is not None:
@@ -107,7 +111,7 @@ def _plan_measurement(
 
 def _parse_update(lora: Lora | None, quantization: str | None) -> TeacherUpdate:
     section = {"lora": lora and lora.model_dump(), "quantization": quantization}
-    return parse(TeacherUpdate, section, "the teacher update")
+    return parse(TeacherUpdate, section, "--quantization")
 
 
 def _plan_update(teacher: str, recipe: TeacherUpdate, max_length: int, gpu_memory: float) -> None:

@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from flows.cli.console import console
-from flows.cli.options import data_source, warn
+from flows.cli.options import data_source, names_options, warn
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ TextFormat = Annotated[
 ]
 
 
+@names_options({"examples": "--examples"})
 def select(
     scored: Scored,
     output: Annotated[Path, typer.Option(help="New file, .jsonl or .parquet. Nothing is overwritten.")],

@@ -9,10 +9,12 @@ import typer
 
 from flows.cli.console import console
 from flows.cli.options import (
+    TEMPLATE_OPTIONS,
     ChatTemplate,
     ChatTemplateVariables,
     ClusterFile,
     data_source,
+    names_options,
     on_cluster,
     template_settings,
     warn,
@@ -20,6 +22,7 @@ from flows.cli.options import (
 from montessori_core.config import read_experiment
 
 
+@names_options({"data": "DATA", **TEMPLATE_OPTIONS})
 def train(
     student: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the student.")],
     data: Annotated[

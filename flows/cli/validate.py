@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flows.cli.console import console
 from flows.cli.influence import (
+    MEASUREMENT_OPTIONS,
     REDUCTION,
     WEIGHT_PER,
     ClusterInsteadOfDevice,
@@ -19,13 +20,22 @@ from flows.cli.influence import (
     MaxLength,
     NumberType,
     Reference,
+    ReferenceBatchTokens,
     ResponseField,
+    StateNumberType,
     StudentOption,
     WarmState,
     cluster_or_device,
     parse_options,
 )
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, Device, data_source, student_with_template
+from flows.cli.options import (
+    ChatTemplate,
+    ChatTemplateVariables,
+    Device,
+    data_source,
+    names_options,
+    student_with_template,
+)
 from montessori_core.config import Influence, Optimization, Resources, Schedule
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.formatting import UNKNOWN
@@ -69,7 +79,17 @@ Groups = Annotated[
     ),
 ]
 
+OPTIONS = {
+    **MEASUREMENT_OPTIONS,
+    "warmup": "--warmup",
+    "warmup.instruction_field": "--instruction-field",
+    "warmup.output_field": "--response-field",
+    "warmup.learning_rate": "--learning-rate",
+}
+"""See `names_options`."""
 
+
+@names_options(OPTIONS)
 def validate(
     student: StudentOption,
     examples: Examples,
@@ -89,6 +109,8 @@ def validate(
     leave_out: Groups = 16,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of subsets and groups.")] = 0,
     dtype: NumberType = "float32",
+    state_dtype: StateNumberType = "float32",
+    reference_batch_tokens: ReferenceBatchTokens = 2048,
     device: Device = "auto",
     cluster: ClusterInsteadOfDevice = None,
     max_length: MaxLength = 1024,
@@ -119,7 +141,13 @@ def validate(
     from flows.measurement import Measurement
     from flows.validation import Validation
 
-    options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
+    options = {
+        "learning_rate": learning_rate,
+        "reference_reduction": reference_reduction,
+        "dtype": dtype,
+        "state_dtype": state_dtype,
+        "reference_batch_tokens": reference_batch_tokens,
+    }
     fields = {"instruction_field": instruction_field, "output_field": response_field}
     settings = _steps(example_weight, weight_per, options)
     model = student_with_template(student, max_length, chat_template, chat_template_kwargs)

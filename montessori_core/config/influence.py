@@ -113,10 +113,11 @@ class Influence(Section):
         screened = self.estimator == "screened"
         estimator = self.screening.estimator if screened else self.estimator
         if estimator == "linear" and self.example_weight > LARGEST_LINEAR_WEIGHT:
-            name = "screening.estimator" if screened else "estimator"
+            name = "influence.screening.estimator" if screened else "influence.estimator"
             raise ValueError(
-                f"{name}: linear with example_weight: {self.example_weight:g}; AdamW's step is nearly linear in the "
-                f"example's gradient up to about {LARGEST_LINEAR_WEIGHT:g}; lower example_weight, or set {name}: first_order"
+                f"{name}=linear with influence.example_weight={self.example_weight:g}: AdamW's step is nearly linear in the "
+                f"example's gradient up to about {LARGEST_LINEAR_WEIGHT:g}; lower influence.example_weight, or set "
+                f"{name}=first_order"
             )
         return self
 
@@ -124,8 +125,8 @@ class Influence(Section):
     def _sequential_is_exact(self) -> "Influence":
         if self.sequential is not None and self.estimator != "exact":
             raise ValueError(
-                f"sequential evaluation belongs to estimator: exact, not {self.estimator}; set estimator: exact, or "
-                "sequential: null"
+                f"influence.sequential belongs to influence.estimator=exact, not {self.estimator}; set "
+                "influence.estimator=exact, or leave out influence.sequential"
             )
         return self
 

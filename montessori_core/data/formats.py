@@ -65,7 +65,7 @@ def recognise(row: Mapping[str, Any], source: DataSource) -> DataFormat:
 
 
 def turns_of(
-    row: Mapping[str, Any], source: DataSource, format: DataFormat, where: str, with_response: bool
+    row: Mapping[str, Any], source: DataSource, format: DataFormat, where: str, with_response: bool, section: str
 ) -> list[Turn]:
     """Return the turns of a row.
 
@@ -75,36 +75,40 @@ def turns_of(
         format: of the row.
         where: place of the row, for errors.
         with_response: whether a response is read.
+        section: name of the data set's section, for errors.
 
     Raises:
         RowError: a field is missing, null or no text.
     """
     if format == "alpaca":
-        return _alpaca_turns(row, source, where, with_response)
+        return _alpaca_turns(row, source, where, with_response, section)
     before = _system_turn(row)
     if format == "prompt_completion":
         # As in TRL, only the completion carries loss.
-        turns = [replace(turn, trained=False) for turn in _text_or_turns(row, "prompt", "user", where)]
-        return before + turns + (_text_or_turns(row, "completion", "assistant", where) if with_response else [])
+        turns = [replace(turn, trained=False) for turn in _text_or_turns(row, "prompt", "user", where, section)]
+        return (
+            before + turns + (_text_or_turns(row, "completion", "assistant", where, section) if with_response else [])
+        )
     field = _conversation_field(row, source)
     if field is None:
-        raise _missing(
-            row, source.conversation_field or CONVERSATIONS[format == "sharegpt"], where, "conversation_field"
-        )
-    turns = _turn_list(_decoded(_look_up(row, field)), field, format, where)
+        name = source.conversation_field or CONVERSATIONS[format == "sharegpt"]
+        raise _missing(row, name, where, f"{section}.conversation_field")
+    turns = _turn_list(_decoded(_look_up(row, field)), field, format, where, section)
     given = any(turn.role == "system" for turn in turns)
     return turns if given else before + turns
 
 
-def _alpaca_turns(row: Mapping[str, Any], source: DataSource, where: str, with_response: bool) -> list[Turn]:
-    options = "instruction_field, input_field or output_field"
+def _alpaca_turns(
+    row: Mapping[str, Any], source: DataSource, where: str, with_response: bool, section: str
+) -> list[Turn]:
     names = (source.instruction_field, source.input_field, source.output_field)
-    instruction = _text(_field(row, names[0], where, options), names[0], where)
+    instruction = _text(_field(row, names[0], where, f"{section}.instruction_field"), names[0], where)
     value = _look_up(row, names[1])
     addition = "" if value is _ABSENT or value is None else _check_text(value, names[1], where)
     turns = [Turn("user", f"{instruction} {addition}".strip(), names[0])]
     if with_response:
-        turns.append(Turn("assistant", _text(_field(row, names[2], where, options), names[2], where), names[2]))
+        response = _field(row, names[2], where, f"{section}.output_field")
+        turns.append(Turn("assistant", _text(response, names[2], where), names[2]))
     if names != _DEFAULT_FIELDS:
         return turns  # columns of another name have another meaning
     return _system_turn(row) + _history(row, where) + turns
@@ -130,16 +134,17 @@ def _system_turn(row: Mapping[str, Any]) -> list[Turn]:
     return [Turn("system", text, "system")] if isinstance(text, str) and text.strip() else []
 
 
-def _text_or_turns(row: Mapping[str, Any], name: str, role: Role, where: str) -> list[Turn]:
-    value = _decoded(_field(row, name, where, "instruction_field or output_field, or set format"))
+def _text_or_turns(row: Mapping[str, Any], name: str, role: Role, where: str, section: str) -> list[Turn]:
+    options = f"{section}.instruction_field or {section}.output_field, or set {section}.format"
+    value = _decoded(_field(row, name, where, options))
     return (
-        _turn_list(value, name, "messages", where)
+        _turn_list(value, name, "messages", where, section)
         if isinstance(value, list)
         else [Turn(role, _text(value, name, where), name)]
     )
 
 
-def _turn_list(value: Any, field: str, format: DataFormat, where: str) -> list[Turn]:
+def _turn_list(value: Any, field: str, format: DataFormat, where: str, section: str) -> list[Turn]:
     if value is None:
         raise _null(field, where)
     if not isinstance(value, list):
@@ -151,16 +156,17 @@ def _turn_list(value: Any, field: str, format: DataFormat, where: str) -> list[T
         raise RowError(
             where, f"field {field!r} is an empty list; fill it or remove the row", f"field {field!r} is empty"
         )
-    return [_turn(turn, f"{field}.{number}", format, where) for number, turn in enumerate(value)]
+    return [_turn(turn, f"{field}.{number}", format, where, section) for number, turn in enumerate(value)]
 
 
-def _turn(turn: Any, field: str, format: DataFormat, where: str) -> Turn:
+def _turn(turn: Any, field: str, format: DataFormat, where: str, section: str) -> Turn:
     role_key, text_key = _KEYS[format]
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         content = ", ".join(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__
         raise RowError(
             where,
-            f"field {field!r}: a turn of the format {format} has {role_key} and {text_key} (found: {content}); set format",
+            f"field {field!r}: a turn of the format {format} has {role_key} and {text_key} (found: {content}); set "
+            f"{section}.format",
             f"a turn without {role_key} or {text_key}",
         )
     role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None

@@ -256,7 +256,7 @@ class TaskReader(Iterable[Task]):
             raise RowError(where, problem, "no object with named fields")
         if self.format is None:
             self.format = recognise(row, self._source)
-        turns = turns_of(row, self._source, self.format, where, self._with_response)
+        turns = turns_of(row, self._source, self.format, where, self._with_response, self._field)
         texts = read_turns(turns, self._source, where, self._with_response, self._field)
         id = row.get("id")
         task_id = f"{self._field}-{self.tasks + 1:05d}" if id is None else str(id)

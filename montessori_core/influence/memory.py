@@ -32,10 +32,10 @@ USABLE = 0.92
 
 _DEVICE_REMEDY = (
     "lower influence.reference_batch_tokens or student.max_length, train LoRA matrices (student.lora), set "
-    "influence.state_dtype: bfloat16 or influence.dtype: bfloat16, or use a GPU with more memory"
+    "influence.state_dtype=bfloat16 or influence.dtype=bfloat16, or use a GPU with more memory"
 )
 _HOST_REMEDY = (
-    "raise memory_gb of influence in cluster.resources, set influence.state_dtype: bfloat16, train LoRA matrices "
+    "raise memory_gb of influence in cluster.resources, set influence.state_dtype=bfloat16, train LoRA matrices "
     "(student.lora), measure on fewer reference sets at a time, or use a GPU with more memory, where more of this fits"
 )
 

@@ -42,7 +42,7 @@ def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str)
     if empty:
         raise DataError(
             f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "
-            f"{empty[0]}; raise max_length or shorten them"
+            f"{empty[0]}; raise it or shorten them"
         )
     if cut := sum(example.truncated for example in encoded):
         log.warning(

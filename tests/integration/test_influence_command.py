@@ -234,6 +234,24 @@ def test_unmeasurable_examples_are_listed(tiny_llama: Path, folder: Path) -> Non
     assert "reference tokens saved" not in output  # only --sequential saves them
 
 
+def test_cut_examples_are_shown_of_each_reference_set(tiny_llama: Path, folder: Path) -> None:
+    long = {"instruction": "Count.", "output": "word " * 300}
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*EXAMPLES[:4], long])))
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, [long, *EXAMPLES[:2], long])))
+    short = ("--max-length", "150", "--estimator", "first_order")
+    sets = ("--reference", str(folder / "long.jsonl"))
+    code, output = influence(folder, tiny_llama, *short, *sets)
+    assert code == 0, output
+    words = " ".join(output.split())
+    for cut in (0, 2):
+        assert f"the end of 1 of 5 examples and of {cut} reference examples is cut" in words
+    store = ("--store", str(folder / "store"), "--out", str(folder / "stored.parquet"))
+    (folder / "long.jsonl").replace(folder / "reference.jsonl")
+    code, output = influence(folder, tiny_llama, *short, *store)
+    assert code == 0, output
+    assert "and of 2 reference examples is cut" in " ".join(output.split())
+
+
 def test_student_with_renamed_weights_is_refused_before_jobs(tiny_llama: Path, folder: Path) -> None:
     other = Path(shutil.copytree(tiny_llama, folder / "other"))
     weights = {f"module.{name}": tensor for name, tensor in load_file(other / "model.safetensors").items()}
@@ -325,10 +343,10 @@ def test_other_files_are_not_overwritten(tiny_llama: Path, folder: Path) -> None
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order', 'linear' or 'screened'"),
-        (["--estimator", "linear", "--example-weight", "0.5"], "error: estimator: linear with example_weight: 0.5; "),
+        (["--estimator", "linear", "--example-weight", "0.5"], "error: --estimator=linear with --example-weight=0.5: "),
         (
             ["--screen", "linear", "--example-weight", "0.5"],
-            "error: screening.estimator: linear with example_weight: 0.5; ",
+            "error: --screen=linear with --example-weight=0.5: ",
         ),
         (["--screen", "exact"], "--screen: Input should be 'first_order' or 'linear'"),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
@@ -338,12 +356,12 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         (["--device", "cpu", "--cluster", "cluster.yaml"], "--cluster and --device: give one of them"),
         (["--cluster", "absent.yaml"], "absent.yaml"),
         (["--device", "cuda:x"], "--device: 'cuda:x' is not one of auto, cpu, cuda, cuda:N"),
-        (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
+        (["--sequential", "0.1"], "--sequential belongs to --estimator=exact"),
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),
         (["--reference", "absent.jsonl"], "absent.jsonl: cannot be read"),
         (["--reference", "{path: builtin, limt: 3}"], "limt: unknown key; remove it or correct its spelling"),
-        (["--chat-template", "absent.jinja"], "student.chat_template: absent.jinja cannot be read"),
+        (["--chat-template", "absent.jinja"], "--chat-template: absent.jinja cannot be read"),
         (["--chat-template-kwargs", "{mood: calm}"], "the chat template has no variable 'mood'"),
     ):
         code, output = influence(folder, tiny_llama, *options)

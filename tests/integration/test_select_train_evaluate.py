@@ -134,7 +134,7 @@ def test_training_leaves_out_bad_lines(tiny_llama: Path, tmp_path: Path) -> None
     code, text = train(tiny_llama, data, tmp_path / "other")
     assert code == 1
     assert "line 3, column 2: not valid JSON" in text
-    assert "or set data.drop_bad_rows: true to leave such rows out" in text
+    assert "or set DATA '{path: ..., drop_bad_rows: true}' to leave such rows out" in text
 
 
 def test_merged_student_is_a_model_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:

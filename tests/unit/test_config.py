@@ -129,13 +129,13 @@ def test_repetition_penalty_matters_only_where_instructions_have_tags() -> None:
         ),
         (
             {"influence": {"estimator": "linear", "example_weight": 0.5}},
-            "influence: estimator: linear with example_weight: 0.5; AdamW's step is nearly linear in the example's gradient "
-            "up to about 0.03125; lower example_weight, or set estimator: first_order",
+            "influence: influence.estimator=linear with influence.example_weight=0.5: AdamW's step is nearly linear in the "
+            "example's gradient up to about 0.03125; lower influence.example_weight, or set influence.estimator=first_order",
         ),
         ({"influence": {"example_weight": 0.0}}, "influence.example_weight: Input should be greater than 0"),
         (
             {"influence": {"sequential": {}}},
-            "influence: sequential evaluation belongs to estimator: exact, not screened",
+            "influence: influence.sequential belongs to influence.estimator=exact, not screened",
         ),
         (
             {"influence": {"sequential": {}, "estimator": "exact"}, "preferences": {"baseline": "median"}},

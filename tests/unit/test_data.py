@@ -121,7 +121,8 @@ def test_builtin_sets_raise_no_warning() -> None:
         ('{"instruction": "a"}\n["b"]\n', "line 2: expected an object with named fields, found list"),
         (
             '{"task": "a"}\n',
-            "line 1: field 'instruction' is missing (found: task); name the column that holds it with instruction_field",
+            "line 1: field 'instruction' is missing (found: task); name the column that holds it with "
+            "seed_pool.instruction_field",
         ),
         ('{"instruction": 7}\n', "line 1: field 'instruction' is int, expected text"),
         ('{"instruction": "  "}\n', "line 1: field 'instruction' is empty"),

@@ -376,7 +376,7 @@ def test_missing_conversation_field_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"messages": TALK[:2], "instruction": "x"}])
     with pytest.raises(
         DataError,
-        match=r"field 'chat.turns' is missing \(found: messages, instruction\); name the column that holds it with conv",
+        match=r"field 'chat.turns' is missing \(found: messages, instruction\); .* holds it with reference.conv",
     ):
         read_tasks(DataSource(path=path, conversation_field="chat.turns"), "reference", with_response=True)
 

@@ -203,7 +203,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(special: bool, tiny_llama: Pat
 def test_tags_of_transformers_are_known(tiny_llama: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
-    check_template(tmp_path)
+    check_template(tmp_path, "student")
 
 
 def test_measured_student_is_checked(tiny_llama: Path, small_tokenizer: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_named_template_has_tokenizers_begin_token(case: str, tiny_llama: Path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--chat-template", "absent.jinja"], "chat_template: absent.jinja cannot be read"),
+        (["--chat-template", "absent.jinja"], "--chat-template: absent.jinja cannot be read"),
         (["--chat-template-kwargs", "{mood: calm}"], "the chat template has no variable 'mood'"),
         (["--chat-template-kwargs", "{mood: [1]}"], "student.chat_template_kwargs.mood"),
         (["--chat-template-kwargs", "calm"], "--chat-template-kwargs calm: write a mapping"),
