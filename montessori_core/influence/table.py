@@ -15,7 +15,7 @@ from montessori_core.data.tables import INFLUENCE, INFLUENCE_BY_TARGET, read_tab
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
 """Numbers of the student that are recorded with a table: nats, and tokens of the reference set."""
 CUT_REFERENCES = "reference_truncated"
-"""The number of reference examples whose end is cut; it is recorded if there are any."""
+"""The number of reference examples whose end is cut; recorded if there are any: other tables keep their bytes."""
 SUMMARIZED = (
     "status",
     "truncated",

@@ -123,9 +123,9 @@ def test_bad_validations_are_refused_before_any_job(tiny_llama: Path, folder: Pa
     for options, message in (
         (["--examples", str(folder / "few.jsonl")], "19 examples; a validation needs at least 20"),
         (["--examples", "data.csv"], "data.csv: cannot be read"),
-        (["--examples", "data.txt"], "examples.path: data.txt: expected a file (.jsonl"),
+        (["--examples", "data.txt"], "--examples: data.txt: expected a file (.jsonl"),
         (["--examples", "{path: data.jsonl, sub: main}"], "--examples is not valid:"),
-        (["--warmup", "builtin"], "warmup.path: builtin: the built-in sets are seeds"),
+        (["--warmup", "builtin"], "--warmup: builtin: the built-in sets are seeds"),
         (["--chat-template-kwargs", "false"], "--chat-template-kwargs false: write a mapping"),
         (["--reference", str(folder / "seven.jsonl")], "holds 7 examples; a reference set needs at least 8"),
         (["--subset-size", "23"], "--subset-size 23: random subsets of 23 need more than 23 examples"),

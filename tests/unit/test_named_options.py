@@ -13,6 +13,8 @@ from flows.cli import app
 from flows.cli.influence import MEASUREMENT_OPTIONS, STEP_OPTIONS
 from flows.cli.options import with_options
 from flows.cli.validate import OPTIONS as VALIDATE_OPTIONS
+from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
+from montessori_core.influence.table import NOTES, schema_with_metadata
 from support import ROOT
 from support.runs import invoke
 
@@ -93,8 +95,10 @@ def test_errors_of_data_name_options(tiny_llama: Path, tmp_path: Path) -> None:
 
     good = rows("good.jsonl", *[GOOD] * 9)
     bad, renamed = rows("bad.jsonl", GOOD, {"instruction": 7}), rows("renamed.jsonl", {"question": "a", "answer": "b"})
-    system, template = rows("system.jsonl", SYSTEM), rows("template.jinja", "{% if")
-    (tmp_path / "template.jinja").write_text("{% if")
+    system, template, scored = rows("system.jsonl", SYSTEM), tmp_path / "template.jinja", tmp_path / "scored.parquet"
+    template.write_text("{% if")
+    write_table(table_from_rows([], schema_with_metadata(dict.fromkeys(NOTES, 0.0))), scored, INFLUENCE)
+    select = ["select", str(scored), "--k", "1", "--output", f"{out}.jsonl", "--examples"]
     mapping = "'{{path: ..., {}}}'".format
     dropped = mapping("drop_bad_rows: true")
     measure = ["influence", "--student", student, "--out", f"{out}.parquet", "--examples"]
@@ -111,7 +115,7 @@ def test_errors_of_data_name_options(tiny_llama: Path, tmp_path: Path) -> None:
             f"name the column that holds it with --reference {mapping('instruction_field: ...')}",
         ),
         ([*measure, good, "--max-length", "4096"], "--max-length=4096, but max_position_embeddings"),
-        ([*measure, good, "--chat-template", template], "or set another one with --chat-template"),
+        ([*measure, good, "--chat-template", str(template)], "or set another one with --chat-template"),
         ([*validate, "--reference", bad], f"set --reference {dropped}"),
         ([*validate, "--warmup", bad], f"set --warmup {dropped}"),
         ([*validate, "--warmup", renamed], "name the column that holds it with --instruction-field"),
@@ -123,6 +127,8 @@ def test_errors_of_data_name_options(tiny_llama: Path, tmp_path: Path) -> None:
             ["evaluate", student, "--run-root", out, "--set", f"evaluation.path={bad}"],
             "set evaluation.drop_bad_rows: true",
         ),
+        ([*select, bad], f"set --examples {dropped}"),
+        ([*select, renamed], f"with --examples {mapping('instruction_field: ...')}"),
         (["data", "check", bad], "SOURCE '{path: ..., drop_bad_rows: true, max_bad_rows: ...}'"),
         (["data", "check", rows("mixed.jsonl", TURNS, GOOD)], f"with SOURCE {mapping('conversation_field: ...')}"),
         (["data", "check", renamed], f"with SOURCE {mapping('instruction_field: ...')}"),
