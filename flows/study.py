@@ -267,7 +267,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     equal.limits.append(limit)
                     for name, table in losses.items():
                         equal.results[name].append((table, results[0][name][-1][1]))
-        outcome = StudyOutcome(untrained.losses, results, proposed, equal, learned)
+        outcome = StudyOutcome(untrained, results, proposed, equal, learned)
         write_comparison(study, folder, baseline, outcome)
 
 
