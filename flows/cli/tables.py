@@ -23,7 +23,7 @@ from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import describe_influence, domination_warning, summarize_influence
 from montessori_core.models.shape import GB
 from tasks.run import Run
-from tasks.studies import PAGE, read_comparison
+from tasks.studies import PAGE, read_comparison, unused_stages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,12 +132,16 @@ def _print_times(run: Run) -> None:
     for column in ("stage", "rows", "seconds", "job seconds"):
         table.add_column(column, no_wrap=True)
     uses = {folder: use_of(folder) for folder in costs}
+    left_out = unused_stages(run)
+    unused = {folder: costs.pop(folder) for folder in list(costs) if folder in left_out}
     for folder, cost in costs.items():
         name, seconds = str(folder.relative_to(run.folder)), cost.ended - cost.begun
         table.add_row(name, f"{cost.rows:,}", _seconds(seconds), _seconds(uses[folder].seconds))
     table.add_section()
     seconds = max(cost.ended for cost in costs.values()) - min(cost.begun for cost in costs.values())
-    table.add_row("all stages", "", _seconds(seconds), _seconds(sum(use.seconds for use in uses.values())))
+    table.add_row("all stages", "", _seconds(seconds), _seconds(sum(uses[folder].seconds for folder in costs)))
+    if unused:
+        table.add_row("of earlier settings", "", "", _seconds(sum(uses[folder].seconds for folder in unused)))
     console.print(table)
     console.print("seconds: wall time from a stage's first job to its last result, including pauses of the run")
 
