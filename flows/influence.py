@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _SHARD = 16  # examples; more if there would be too many shards
 _MOST_SHARDS = 8192
+_JOINT = "targets"  # folder of the stage on several reference sets
 
 
 def measure_influence(measurement: Measurement, out: Path, command: Sequence[str]) -> list[Path]:
@@ -69,10 +70,11 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
     folder = out.with_name(out.name + ".parts").resolve()
     with opened_inputs(measurement, folder) as inputs, _opened_store(measurement.store):
         missing = next((table for table in tables if not table.exists()), tables[-1])
-        record_command(folder, command, measurement.student.model, missing, measurement.cluster)
+        unused = _folders_of_earlier_sets(folder, measurement)
+        record_command(folder, command, measurement.student.model, missing, measurement.cluster, unused)
         for number, (target, table) in enumerate(zip(inputs.targets, tables, strict=True)):
-            of_target = folder / f"on-{target.name}" if measurement.targets else folder
-            joint = JointStage(folder / "targets", number) if measurement.targets else None
+            of_target = folder / _folder_on(target.name) if measurement.targets else folder
+            joint = JointStage(folder / _JOINT, number) if measurement.targets else None
             stages = MeasurementStages(of_target, measurement, inputs.on(target), joint)
             write_table(estimate_influence(stages, measurement.settings, measurement.baseline), table, INFLUENCE)
     return tables
@@ -83,6 +85,19 @@ def tables_of(measurement: Measurement, out: Path) -> list[Path]:
     if not measurement.targets:
         return [out]
     return [out.with_name(f"{out.stem}-{name}{out.suffix}") for name in names_of_targets(measurement)]
+
+
+def _folder_on(target: str) -> str:
+    """Return the name of the folder with the stages on one of several reference sets."""
+    return f"on-{target}"
+
+
+def _folders_of_earlier_sets(folder: Path, measurement: Measurement) -> list[str]:
+    """Return the names of folders that a measurement on other reference sets has left."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    if not measurement.targets:
+        return [name for name in names if name == _JOINT or name.startswith(_folder_on(""))]
+    return [name for name in names if name not in (_JOINT, *map(_folder_on, names_of_targets(measurement)))]
 
 
 def _check_out(out: Path) -> None:
@@ -251,6 +266,7 @@ def compute_parts(
         shards = cut_for_jobs(folder, rows, resources.parallel_jobs, rows_per_shard)
     else:
         shards = Shards(rows, len(rows))
-    target = folder.parent.name.removeprefix("on-") if folder.parent.name.startswith("on-") else ""
+    on = _folder_on("")
+    target = folder.parent.name.removeprefix(on) if folder.parent.name.startswith(on) else ""
     with ProgressBar(", ".join(filter(None, [program.name, target, folder.name]))) as bar:
         return fan_out(stage, shards, resources, cluster, bar.show)

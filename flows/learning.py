@@ -1,6 +1,6 @@
 """What the teacher of `montessori` learned in a study (Figure 3), and what it took (Table 7)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from prefect import flow
@@ -21,20 +21,22 @@ from tasks.stage import Step
 
 
 @flow(flow_run_name="{run.experiment.name}: what the teacher learned", validate_parameters=False)
-def follow_teacher(run: Run, ended: Mapping[str, Feedback], baseline: str) -> Row:
+def follow_teacher(run: Run, ended: Mapping[str, Feedback], baseline: str, stages: Collection[Path]) -> Row:
     """Measure the influence of two training sets, and evaluate the teacher's checkpoints, if `comparison` asks for them.
 
     Args:
         run: the run of a seed, in the study's folder.
         ended: the last round of `montessori`, and of the method that gains are over.
         baseline: name of that method.
+        stages: stages of `montessori`.
 
     Returns:
         Of this seed: `influence`, a row for each of the two methods, measured on the warm student of iteration 1, with the
         path of its table in the study's folder; `checkpoints`, a row for each evaluated teacher of the last update;
         `seconds`, job seconds per example in iteration 1, by what they were for.
     """
-    rows: Row = {"seed": run.experiment.seed, "influence": [], "checkpoints": [], "seconds": _seconds(run.iteration(1))}
+    seconds = _seconds(run.iteration(1), stages)
+    rows: Row = {"seed": run.experiment.seed, "influence": [], "checkpoints": [], "seconds": seconds}
     if run.experiment.comparison.influence_examples:
         rows["influence"] = _measure_training_sets(run, ended)
     if run.experiment.comparison.teacher_checkpoints:
@@ -60,13 +62,16 @@ def _measure_training_sets(run: Run, ended: Mapping[str, Feedback]) -> list[Row]
     return rows
 
 
-def _seconds(iteration: Path) -> dict[str, float]:
-    """Return the job seconds of an iteration per example, measured example and preference pair."""
+def _seconds(iteration: Path, stages: Collection[Path]) -> dict[str, float]:
+    """Return the job seconds of an iteration per example, measured example and preference pair.
+
+    Its folder may have stages of earlier settings, too, which are not among the `stages` of the method.
+    """
     examples = read_table(iteration / layout.EXAMPLES, EXAMPLES, ["example_id"]).num_rows
     measured = read_table(iteration / layout.INFLUENCE, INFLUENCE, ["example_id"]).num_rows
     pairs = read_table(iteration / layout.PREFERENCES, PREFERENCES, ["prompt_id"]).num_rows
     counts = {"instructions": examples, "responses": examples, "influence": measured, "teacher": pairs}
     return {
-        name: sum(use_of(stage.parent).seconds for stage in iteration.glob(f"{name}*/stage.json")) / count
+        name: sum(use_of(stage).seconds for stage in iteration.glob(f"{name}*") if stage in stages) / count
         for name, count in counts.items()
     }

@@ -245,10 +245,11 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
             with only_driver(seed.run.folder):
                 start_tracking(seed.run.folder, seed.run.experiment)
                 ended: dict[str, Feedback] = {}
+                stages: dict[str, list[Path]] = {}
                 for method in methods:
                     method_run = replace(seed.run, stages=[])
                     last = ended[method.name] = run_method(method_run, method)
-                    cost = Cost.of(method_run)
+                    stages[method.name], cost = method_run.stages, Cost.of(method_run)
                     results[0][method.name].append((last.evaluated, cost))
                     track_method(seed.run.folder, seed.run.experiment, method.name, _numbers(last.evaluated, cost))
                     proposed[method.name].append(last.proposal.examples)
@@ -259,7 +260,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                 _compare_with_baseline(baseline, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
                 if MONTESSORI.name in ended:
                     two = {name: ended[name] for name in (MONTESSORI.name, baseline)}
-                    learned.append(follow_teacher(seed.run, two, baseline))
+                    learned.append(follow_teacher(seed.run, two, baseline, stages[MONTESSORI.name]))
                 if study.equal_response_tokens:
                     limit, losses = train_on_equal_tokens(
                         seed.run, {name: ended[name] for name in equal.results}, baseline
@@ -267,7 +268,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     equal.limits.append(limit)
                     for name, table in losses.items():
                         equal.results[name].append((table, results[0][name][-1][1]))
-        outcome = StudyOutcome(untrained.losses, results, proposed, equal, learned)
+        outcome = StudyOutcome(untrained, results, proposed, equal, learned)
         write_comparison(study, folder, baseline, outcome)
 
 

@@ -65,14 +65,14 @@ class StudyOutcome:
     """What a study computed.
 
     Attributes:
-        untrained: loss table of the untrained student.
+        untrained: evaluation of the untrained student.
         results: results of the study's student, then of each transfer student.
         proposed: example tables of each method, by seed.
         equal: results at equal response tokens, empty if the study does not ask for them.
         learned: what the teacher of montessori learned, by seed, see `flows.learning.follow_teacher`.
     """
 
-    untrained: Path
+    untrained: StudentEvaluation
     results: list[MethodResults]
     proposed: dict[str, list[Path]]
     equal: EqualTokens
@@ -82,28 +82,23 @@ class StudyOutcome:
 @task(task_run_name="comparison", cache_policy=NO_CACHE, persist_result=False)
 def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOutcome) -> None:
     """Write `comparison.json` and `comparison.html` of a study; `baseline` is the name of its method."""
-    rows, *transfer_rows = (
-        compare_outcomes(_to_outcomes(_losses(of_student)), baseline) for of_student in outcome.results
-    )
-    for row in rows:
-        row["scores"] = mean_over_seeds(
-            [evaluation.benchmarks.scores for evaluation, _ in outcome.results[0][row["method"]]]
-        )
+    rows, *transfer_rows = (_compare_methods(of_student, baseline) for of_student in outcome.results)
     kind = _add_kind_shares(rows, study, folder, outcome.proposed)
     equal = {name: seeds for name, seeds in outcome.equal.results.items() if len(seeds) == len(study.seeds)}
     result = {
         "study": study.name,
         "seeds": study.seeds,
         "kind_classifier": kind,
-        "untrained_loss": summarize_loss(outcome.untrained)["mean"],
+        "untrained_loss": summarize_loss(outcome.untrained.losses)["mean"],
+        "untrained_scores": outcome.untrained.benchmarks.scores,
         "methods": rows,
         "equal_response_tokens": {
             "limits": outcome.equal.limits,
             "methods": compare_outcomes(_to_outcomes(equal), baseline) if baseline in equal else [],
         },
         "transfer": [
-            {"student": student.model, "methods": methods}
-            for student, methods in zip(study.transfer, transfer_rows, strict=True)
+            {"student": student, "methods": methods}
+            for student, methods in zip(study.student_labels()[1:], transfer_rows, strict=True)
         ],
         "teachers": outcome.learned,
     }
@@ -112,6 +107,14 @@ def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOu
     table = [{key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores")} for row in rows]
     create_table_artifact(table, description=f"Comparison of methods: {study.name}")
     link_page(folder / PAGE, f"Comparison of methods: {study.name}")
+
+
+def _compare_methods(results: MethodResults, baseline: str) -> list[dict[str, Any]]:
+    """Return a row per method of one student: gain, cost and benchmark scores."""
+    rows = compare_outcomes(_to_outcomes(_losses(results)), baseline)
+    for row in rows:
+        row["scores"] = mean_over_seeds([evaluated.benchmarks.scores for evaluated, _ in results[row["method"]]])
+    return rows
 
 
 def _add_kind_shares(

@@ -130,3 +130,11 @@ def kind_text(row: dict[str, Any]) -> str:
 def spread_text(row: dict[str, Any]) -> str:
     """Write the spread of a row's gain over seeds; a single seed has none."""
     return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"
+
+
+def score_text(score: dict[str, Any] | None) -> str:
+    """Write a benchmark score of a comparison with its standard error; a dash if there is none."""
+    if score is None or not is_finite(score["mean"]):
+        return UNKNOWN
+    error = score["standard_error"]
+    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if is_finite(error) else "")

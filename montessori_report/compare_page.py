@@ -23,6 +23,7 @@ from montessori_report.sections.cost import OPERATIONS, gpu_hours, job_hours
 from montessori_report.sections.influence import distribution_figure, influence_unit
 from montessori_report.sections.overview import THRESHOLDS, judge
 
+_NOT_COUNTED = "Stages that its configuration does not have any more do not count; its own report has them."
 _IGNORED_SETTINGS = ("name",)  # not part of the comparison of configurations
 
 
@@ -187,10 +188,16 @@ def _cost(runs: Sequence[RunData]) -> Section:
     seconds = {run.name: sum(filter(formatting.is_finite, run.job_seconds.values())) for run in runs if run.job_seconds}
     operations = {run.name: float(sum(stage["flops"] for stage in run.stages)) for run in runs if run.stages}
     kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
-        ("Seconds of jobs", "Sum over all shards of all stages of a run.", "seconds", seconds, formatting.duration),
+        (
+            "Seconds of jobs",
+            f"Sum over all shards of all stages of a run. {_NOT_COUNTED}",
+            "seconds",
+            seconds,
+            formatting.duration,
+        ),
         (
             "Floating-point operations (Table 8)",
-            f"Sum over all stages of a run. {OPERATIONS}",
+            f"Sum over all stages of a run. {_NOT_COUNTED} {OPERATIONS}",
             "operations",
             operations,
             formatting.significant,

@@ -186,10 +186,25 @@ class RunData:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """Resource usage of each stage (see `cluster.usage`), in the order of folder names."""
-        by_name = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
-        # Earlier versions wrote interruptions as preemptions.
-        return [{"interruptions": by_name[name].get("preemptions", 0), **by_name[name]} for name in sorted(by_name)]
+        """Resource usage of each stage that the run consists of (see `cluster.usage`), in the order of folder names."""
+        return _by_name([stage for iteration in self._kept for stage in iteration.records("stages")])
+
+    @property
+    def unused_stages(self) -> list[dict[str, Any]]:
+        """Resource usage of each stage that the run does not consist of any more, since its configuration changed."""
+        used = {stage["stage"] for stage in self.stages}
+        records = [
+            record
+            for iteration in reversed(self.iterations)
+            for kind in ("stages", "unused_stages")
+            for record in iteration.records(kind)
+        ]
+        return _by_name([record for record in records if record["stage"] not in used])
+
+    @property
+    def _kept(self) -> list[IterationData]:
+        """The iterations that are configured."""
+        return [iteration for iteration in self.iterations if iteration.number <= self.planned]
 
     def heading(self, iteration: IterationData) -> str | None:
         """Return the heading of an iteration; None if the run has only one."""
@@ -204,7 +219,7 @@ class RunData:
     def job_seconds(self) -> dict[str, float]:
         """Job seconds by stage folder."""
         merged: dict[str, float] = {}
-        for iteration in self.iterations:
+        for iteration in self._kept:
             merged |= (iteration.metrics or {}).get("job_seconds", {})
         return merged
 
@@ -277,6 +292,13 @@ def _missing_of(iteration: IterationData, run: RunData) -> list[str]:
             "comparison.influence_examples is 0 in the configuration."
         )
     return sentences
+
+
+def _by_name(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last record of each stage, in the order of names."""
+    by_name = {stage["stage"]: stage for stage in stages}
+    # Earlier versions wrote interruptions as preemptions.
+    return [{"interruptions": by_name[name].get("preemptions", 0), **by_name[name]} for name in sorted(by_name)]
 
 
 def _settings(text: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from montessori_core import formatting
 from montessori_core.config import Study
 from montessori_core.data.tables import SIMILARITY, read_table
-from montessori_core.formatting import kind_text, spread_text
+from montessori_core.formatting import kind_text, score_text, spread_text
 from montessori_report.figures import (
     GREY,
     SYMBOLS,
@@ -80,8 +80,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     ]
     if kind := result.get("kind_classifier"):
         sections.append(_target_kind(rows, colours, kind))
-    if benchmarks := _benchmarks(rows):
-        sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
+    if benchmarks := _benchmarks(study, result):
+        sections.append(benchmarks)
     if (equal := result.get("equal_response_tokens")) and equal["methods"]:
         sections.append(_equal_tokens(study, equal, colours))
     if result["transfer"]:
@@ -103,8 +103,27 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     return build_page("Montessori comparison of methods", study.name, facts, sections)
 
 
-def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Return benchmark scores by method (Tables 1 and 2): means over seeds, see `mean_over_seeds`."""
+def _benchmarks(study: Study, result: dict[str, Any]) -> Section | None:
+    """Return the benchmark scores of each student, by method (Tables 1 and 2): means over seeds, see `mean_over_seeds`."""
+    untrained = result.get("untrained_scores")
+    first = [{"method": "untrained student", "scores": untrained}] if untrained else []
+    tables = [
+        _score_table(f"Benchmarks{f' of {student}' if result['transfer'] else ''}", rows)
+        for student, rows in _by_student(study, result, first)
+        if any(row.get("scores") for row in rows)
+    ]
+    return Section("benchmarks", "Benchmarks", [Block([], tables)]) if tables else None
+
+
+def _by_student(
+    study: Study, result: dict[str, Any], first: Sequence[dict[str, Any]] = ()
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the label and the rows of the study's student, which begin with `first`, then of each transfer student."""
+    rows = [[*first, *result["methods"]], *(other["methods"] for other in result["transfer"])]
+    return list(zip(study.student_labels(), rows, strict=True))
+
+
+def _score_table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
     scores_by_method = [
         {
             f"{score_name(entry['benchmark'])}: {entry['metric'].replace('_', ' ')}": entry
@@ -113,20 +132,11 @@ def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
         for row in rows
     ]
     names = list(dict.fromkeys(name for scores in scores_by_method for name in scores))
-    if not names:
-        return None
     lines = [
-        [row["method"], *(_score_text(scores.get(name)) for name in names)]
+        [row["method"], *(score_text(scores.get(name)) for name in names)]
         for row, scores in zip(rows, scores_by_method, strict=True)
     ]
-    return Table("Benchmarks, means over the seeds ± standard error of a seed over items", ["Method", *names], lines)
-
-
-def _score_text(score: dict[str, Any] | None) -> str:
-    if score is None or not formatting.is_finite(score["mean"]):
-        return formatting.UNKNOWN
-    error = score["standard_error"]
-    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if formatting.is_finite(error) else "")
+    return Table(f"{caption}, means over the seeds ± standard error of a seed over items", ["Method", *names], lines)
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -260,8 +270,7 @@ def _equal_tokens(study: Study, equal: dict[str, Any], colours: Mapping[str, str
 
 def _transfer(study: Study, result: dict[str, Any], colours: Mapping[str, str]) -> Section:
     """Return Figure 5: other students trained on the same data."""
-    students = [(study.experiment.student.model, result["methods"])]
-    students += [(other["student"], other["methods"]) for other in result["transfer"]]
+    students = _by_student(study, result)
     figure = grouped_dot_figure(
         "Gain on each student (Figure 5)",
         f"One group per student; the data was made for the first. Right of 0, a method's data is better for that student "

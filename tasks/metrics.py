@@ -57,16 +57,7 @@ def write_metrics(
     pairs = read_table(files.preferences, PREFERENCES, ["prompt_id"])
     influence = read_table(files.influence, INFLUENCE)
     threshold = threshold_of(influence, run.experiment.preferences.baseline)
-    usage_by_stage = {
-        str(stage.parent.relative_to(run.folder)): use_of(stage.parent)
-        for parent in (
-            folder,
-            unmodified,
-            *sorted(run.folder.glob(f"{layout.UNTRAINED}*")),
-            run.folder / "benchmark-items",
-        )
-        for stage in sorted(parent.rglob("stage.json"))
-    }
+    used, unused = _usage(run, number)
     content: dict[str, Any] = {
         "iteration": number,
         "synthesis": {
@@ -87,11 +78,9 @@ def write_metrics(
         "head_to_head": benchmarked.head_to_head,
         "contamination": benchmarked.contamination,
         "training_logs": _read_from_models(run, number, layout.LOG_FILE),
-        "job_seconds": {stage: round(usage.seconds, 1) for stage, usage in usage_by_stage.items()},
-        "stages": [
-            {"stage": stage, **asdict(usage), "seconds": round(usage.seconds, 1)}
-            for stage, usage in usage_by_stage.items()
-        ],
+        "job_seconds": {stage["stage"]: stage["seconds"] for stage in used},
+        "stages": used,
+        "unused_stages": unused,
     }
     if files.training_influence is not None:
         content["influence"]["training"] = summarize_influence(
@@ -105,6 +94,24 @@ def write_metrics(
     (run.folder / layout.REPORT).unlink(missing_ok=True)  # it shows earlier iterations alone
     write_json(content, path)
     return path
+
+
+def _usage(run: Run, number: int) -> tuple[list[Row], list[Row]]:
+    """Return the usage of the stages of an iteration and of the whole run: of those that it has, and of earlier settings."""
+    run_stages = (
+        run.folder / layout.UNMODIFIED,
+        *run.folder.glob(f"{layout.UNTRAINED}*"),
+        run.folder / "benchmark-items",
+    )
+    executed = set(run.stages)
+    used: list[Row] = []
+    unused: list[Row] = []
+    for parent in (run.iteration(number), *sorted(run_stages)):
+        for folder in sorted(stage.parent for stage in parent.rglob("stage.json")):
+            usage = use_of(folder)
+            row = {"stage": str(folder.relative_to(run.folder)), **asdict(usage), "seconds": round(usage.seconds, 1)}
+            (used if folder in executed else unused).append(row)
+    return used, unused
 
 
 def _read_from_models(run: Run, number: int, name: str) -> dict[str, Any]:

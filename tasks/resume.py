@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic import Field
+
 from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Cluster
@@ -34,6 +36,7 @@ class Command(Record):
         model: the model that is evaluated, trained or measured.
         result: absolute path that exists when the command has finished.
         cluster: the section of a configuration.
+        unused: names of folders of earlier options, which have none of its stages.
     """
 
     words: list[str]
@@ -41,6 +44,7 @@ class Command(Record):
     model: str
     result: str
     cluster: dict[str, object]
+    unused: list[str] = Field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -53,7 +57,9 @@ class Command(Record):
         return line if self.directory == os.getcwd() else f"cd {shlex.quote(self.directory)} && {line}"
 
 
-def record_command(folder: Path, words: Sequence[str], model: str, result: Path, cluster: Cluster) -> None:
+def record_command(
+    folder: Path, words: Sequence[str], model: str, result: Path, cluster: Cluster, unused: Sequence[str] = ()
+) -> None:
     """Record in a folder the command whose work it holds; see `Command`."""
     command = Command(
         words=list(words),
@@ -61,6 +67,7 @@ def record_command(folder: Path, words: Sequence[str], model: str, result: Path,
         model=model,
         result=str(result.absolute()),
         cluster=cluster.model_dump(mode="json"),
+        unused=list(unused),
     )
     write_json(command.model_dump(mode="json"), folder / _COMMAND)
 

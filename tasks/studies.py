@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from cluster.status import stages_of
+from montessori_core import layout
 from montessori_core.config import Cluster, Experiment, Student, Teacher, read_study
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -37,6 +39,18 @@ def is_finished(run: Run) -> bool:
         return Path(command.result).exists()
     study = study_of(run.folder)
     return run.finished if study is None else (study / RESULT).exists()
+
+
+def unused_stages(run: Run) -> set[Path]:
+    """Return the stages of what `reopen` opened that its settings do not have any more; empty while that is not known."""
+    stages = stages_of(run.folder)
+    if (command := command_of(run.folder)) is not None:
+        return {stage for stage in stages if stage.relative_to(run.folder).parts[0] in command.unused}
+    if study_of(run.folder) is not None or not run.finished:
+        return set()
+    metrics = [read_json(run.iteration(number) / layout.METRICS) for number in range(1, run.experiment.iterations + 1)]
+    used = {run.folder / stage["stage"] for content in metrics for stage in content.get("stages", [])}
+    return set(stages) - used if used else set()  # older versions did not record them
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

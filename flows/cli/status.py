@@ -12,7 +12,7 @@ from flows.cli.options import DrivenFolder
 from montessori_core.formatting import duration
 from tasks.resume import resume_command
 from tasks.run import Run
-from tasks.studies import is_finished, reopen
+from tasks.studies import is_finished, reopen, unused_stages
 
 
 def status(run_dir: DrivenFolder) -> None:
@@ -27,9 +27,13 @@ def status(run_dir: DrivenFolder) -> None:
 
 
 def _print_stages(run: Run, stages: list[StageStatus]) -> None:
-    """Print a line per stage, and the error of each failed shard."""
+    """Print a line per stage, and the error of each failed shard; finished stages of earlier settings only by name."""
+    unused = unused_stages(run)
+    left_out = [stage for stage in stages if stage.folder in unused and stage.state == "done"]
     rows = []
     for stage in stages:
+        if stage in left_out:
+            continue
         running = stage.state == "running"
         rows.append(
             {
@@ -56,6 +60,10 @@ def _print_stages(run: Run, stages: list[StageStatus]) -> None:
         console.print(table)
     else:
         console.print(f"{run.experiment.name} ({run.folder}): no stage has started", soft_wrap=True)
+    if left_out:
+        names = ", ".join(str(stage.folder.relative_to(run.folder)) for stage in left_out)
+        seconds = sum(stage.job_seconds for stage in left_out)
+        console.print(f"of earlier settings, {seconds:.0f} job seconds: {names}", soft_wrap=True)
     for stage in stages:
         name = str(stage.folder.relative_to(run.folder))
         for failure in stage.failures:

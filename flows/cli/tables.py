@@ -18,12 +18,12 @@ from flows.cli.options import warn
 from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.files import read_json
-from montessori_core.formatting import duration, gain_text, interval_text, kind_text, share, spread_text
+from montessori_core.formatting import duration, gain_text, interval_text, kind_text, score_text, share, spread_text
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import describe_influence, influence_warnings, summarize_influence
 from montessori_core.models.shape import GB
 from tasks.run import Run
-from tasks.studies import PAGE, read_comparison
+from tasks.studies import PAGE, read_comparison, unused_stages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,12 +132,16 @@ def _print_times(run: Run) -> None:
     for column in ("stage", "rows", "seconds", "job seconds"):
         table.add_column(column, no_wrap=True)
     uses = {folder: use_of(folder) for folder in costs}
+    left_out = unused_stages(run)
+    unused = {folder: costs.pop(folder) for folder in list(costs) if folder in left_out}
     for folder, cost in costs.items():
         name, seconds = str(folder.relative_to(run.folder)), cost.ended - cost.begun
         table.add_row(name, f"{cost.rows:,}", _seconds(seconds), _seconds(uses[folder].seconds))
     table.add_section()
     seconds = max(cost.ended for cost in costs.values()) - min(cost.begun for cost in costs.values())
-    table.add_row("all stages", "", _seconds(seconds), _seconds(sum(use.seconds for use in uses.values())))
+    table.add_row("all stages", "", _seconds(seconds), _seconds(sum(uses[folder].seconds for folder in costs)))
+    if unused:
+        table.add_row("of earlier settings", "", "", _seconds(sum(uses[folder].seconds for folder in unused)))
     console.print(table)
     console.print("seconds: wall time from a stage's first job to its last result, including pauses of the run")
 
@@ -173,10 +177,29 @@ def print_comparison(folder: Path) -> None:
         for line in lines:
             table.add_row(*(line[name] for name in columns))
         console.print(table)
+    untrained = {"method": "untrained student", "scores": result.get("untrained_scores", [])}
+    _print_scores("benchmarks: means over the seeds", [untrained, *result["methods"]])
+    for other in result["transfer"]:
+        _print_scores(f"benchmarks, transfer to {other['student']}", other["methods"])
     if objection := (result.get("kind_classifier") or {}).get("objection"):
         console.print(f"the share of instructions of the target kind is not shown: {objection}", soft_wrap=True)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)
+
+
+def _print_scores(title: str, rows: "Sequence[dict[str, Any]]") -> None:
+    """Print a row per benchmark score and a column per method that has scores."""
+    scores = {
+        row["method"]: {f"{entry['benchmark']}: {entry['metric'].replace('_', ' ')}": entry for entry in row["scores"]}
+        for row in rows
+        if row.get("scores")
+    }
+    if not scores:
+        return
+    table = Table("benchmark", *scores, title=title, title_justify="left")
+    for name in dict.fromkeys(name for of_method in scores.values() for name in of_method):
+        table.add_row(name, *(score_text(of_method.get(name)) for of_method in scores.values()))
+    console.print(table)
 
 
 def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:

@@ -1,5 +1,6 @@
 """A study: a comparison of methods over several seeds."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,28 @@ class Study(Section):
                 self.experiment.check_batch("nomad.training")
         return self
 
+    def student_labels(self) -> list[str]:
+        """Return a label of the study's student, and of each transfer student; no two are equal.
+
+        It is the model. Students of one model also have the settings in which they differ, equal ones their field's name.
+        """
+        students = {"experiment.student": self.experiment.student}
+        students |= {f"transfer.{number}": student for number, student in enumerate(self.transfer)}
+        described = []
+        for student in students.values():
+            same_model = [_settings(other) for other in students.values() if other.model == student.model]
+            differ = {
+                name: value
+                for name, value in _settings(student).items()
+                if any(name not in other or other[name] != value for other in same_model)
+            }
+            described.append((student.model, [f"{name}: {value}" for name, value in differ.items()]))
+        labels = []
+        for field, (model, details) in zip(students, described, strict=True):
+            parts = [*details, field] if described.count((model, details)) > 1 else details
+            labels.append(f"{model} ({', '.join(parts)})" if parts else model)
+        return labels
+
     def seeded(self, seed: int, student: Student | None = None) -> Experiment:
         """Return the experiment with `seed`, and with `student` if given.
 
@@ -75,6 +98,21 @@ class Study(Section):
         if student is not None:
             changes["student"] = student.model_dump(mode="json")
         return Experiment.model_validate(self.experiment.model_dump(mode="json") | changes)
+
+
+def _settings(student: Student) -> dict[str, str]:
+    """Return the settings of a student by name, such as `lora.rank`; without its model."""
+
+    def leaves(content: dict[str, Any], prefix: str) -> dict[str, str]:
+        texts: dict[str, str] = {}
+        for name, value in content.items():
+            if isinstance(value, dict) and value:
+                texts |= leaves(value, f"{prefix}{name}.")
+            else:
+                texts[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+        return texts
+
+    return leaves(student.model_dump(mode="json", exclude={"model"}), "")
 
 
 def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:

@@ -28,7 +28,7 @@ def cost_section(run: RunData) -> Section:
         tables = []
         if run.stages:
             figures += _stage_figures(run.stages)
-            tables.append(_stage_table(run.stages))
+            tables.append(_stage_table(run.stages, run.unused_stages))
         else:
             rows = [[stage, duration(value)] for stage, value in sorted(seconds.items())]
             rows.append(["all stages", duration(sum(seconds.values()))])
@@ -81,7 +81,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
     ]
 
 
-def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
+def _stage_table(stages: Sequence[dict[str, Any]], unused: Sequence[dict[str, Any]]) -> Table:
     kind, hours = ("GPU-hours", gpu_hours) if any(stage["gpus"] for stage in stages) else ("Job-hours", job_hours)
 
     def row(name: str, members: Sequence[dict[str, Any]], pace: str) -> list[str]:
@@ -99,7 +99,11 @@ def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
 
     rows = [row(stage["stage"], [stage], pace_of(stage)) for stage in stages]
     columns = ["Stage", *map(str.capitalize, _COUNTS), "Job time", "Per row", kind, "Operations"]
-    return Table("Cluster usage by stage folder", columns, [*rows, row("all stages", stages, "")])
+    rows.append(row("all stages", stages, ""))
+    if unused:
+        rows.append(row("of earlier settings", unused, ""))
+        rows.append(row("spent in all", [*stages, *unused], ""))
+    return Table("Cluster usage by stage folder", columns, rows)
 
 
 def gpu_hours(stage: dict[str, Any]) -> float:

@@ -27,8 +27,10 @@ from montessori_core.program import Row
 from montessori_core.programs import Harness, NoSettings
 from support import ROOT
 from support.judges import KEY, QUESTIONS, Judge, judged
+from support.reports import Page
 from support.row_programs import Interrupted, as_compute, interrupt_at
 from support.runs import call, configuration, invoke
+from support.studies import environment_of
 
 
 @pytest.fixture
@@ -364,6 +366,25 @@ def test_seeds_with_equal_answers_share_their_error() -> None:
     seed = [score("a", "acc", 0.25, 0.02, 500)]
     [averaged] = mean_over_seeds([seed] * 5)
     assert averaged["standard_error"] == pytest.approx(0.02)
+
+
+@pytest.mark.slow
+def test_study_shows_scores_of_every_student(tasks: Path, talking_llama: Path, tmp_path: Path) -> None:
+    experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
+    experiment["benchmarks"] = {"task_folder": str(tasks), "tasks": [{"name": "own_capitals"}]}
+    content = {"experiment": experiment, "methods": ["self_instruct"], "seeds": [0]}
+    content["transfer"] = [experiment["student"], experiment["student"] | {"max_length": 512}]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    code, output = call("compare", "study.yaml", cwd=tmp_path, **environment_of(tmp_path))
+    assert code == 0, output
+    result = read_json(tmp_path / "runs" / "study" / "comparison.json")
+    scores = [result["untrained_scores"], *(part["methods"][0]["scores"] for part in [result, *result["transfer"]])]
+    assert [[row["benchmark"] for row in of_student] for of_student in scores] == [["own_capitals"]] * 4
+    model, length = experiment["student"]["model"], experiment["student"]["max_length"]
+    labels = [other["student"] for other in result["transfer"]]
+    assert labels == [f"{model} (max_length: {length}, transfer.0)", f"{model} (max_length: 512)"]
+    assert output.count("own_capitals: acc") == 3
+    assert Page((tmp_path / "runs" / "study" / "comparison.html").read_text()).text.count("Benchmarks of ") == 3
 
 
 @pytest.mark.slow

@@ -101,6 +101,25 @@ def test_several_reference_sets_get_a_table_each(tiny_llama: Path, folder: Path,
     assert {path: path.stat().st_mtime_ns for path in parts.rglob("part-*")} == before
 
 
+def test_status_of_other_reference_sets_names_earlier_stages(tiny_llama: Path, folder: Path) -> None:
+    (folder / "other.json").write_text(json.dumps(EXAMPLES[10:15]))
+    options = ["--audit-examples", "40"]
+    for others, shown, hidden in (
+        ([], ["screen", "audit"], []),
+        (["other.json"], ["on-reference/", "on-other/", "targets"], ["screen"]),
+        ([], ["screen"], ["on-reference/", "on-other/", "targets"]),
+    ):
+        given = [word for name in others for word in ("--reference", str(folder / name))]
+        code, output = influence(folder, tiny_llama, *options, *given)
+        assert code == 0, output
+        code, output = invoke("status", "influence.parquet.parts", cwd=folder)
+        assert code == 0, output
+        table, _, earlier = output.partition("of earlier settings")
+        assert all(name in table for name in shown), output
+        assert not any(name in table for name in hidden), output
+        assert all(name in earlier for name in hidden), output
+
+
 def test_reference_sets_that_exclude_each_other_are_refused(tiny_llama: Path, folder: Path) -> None:
     code, output = influence(folder, tiny_llama, "--weight-per", "token", "--reference", "builtin")
     assert code == 1

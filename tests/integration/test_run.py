@@ -459,6 +459,14 @@ def test_changed_comparison_keeps_other_stages(
         assert [table.exists() for table in tables] == [examples > 0] * 2  # the report would show those of before
         changed = {path.parent.name for path, then in before.items() if path.stat().st_mtime_ns != then}
         assert changed == ({"training-influence", "training-influence-audit"} if examples else set())
+        metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
+        used, unused = ({stage["stage"] for stage in metrics[kind]} for kind in ("stages", "unused_stages"))
+        assert used | unused == {str(folder.relative_to(run)) for folder in stages_of(run)}
+        assert (unused == set()) == (examples > 0)
+        assert {Path(stage).name for stage in unused} <= {"training-influence", "training-influence-audit"}
+        _, listed = invoke("status", str(run), cwd=tmp_path)
+        assert all(("of earlier settings" in text) == (examples == 0) for text in (output, listed))
+        assert ("training-influence" in listed.partition("of earlier settings")[0]) == (examples > 0)
     assert [pq.read_table(table).num_rows for table in tables] == [6, 6]
 
 

@@ -25,7 +25,8 @@ from montessori_core.files import write_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.synthesis.filtering import NO_TAGS, rejection_by
 from montessori_core.synthesis.filters.length import LENGTH, TOO_SHORT
-from montessori_report.run_data import InfluenceData
+from montessori_report.compare_page import render_runs
+from montessori_report.run_data import InfluenceData, read_run_data
 from montessori_report.run_page import render_report
 from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.examples import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
@@ -134,6 +135,32 @@ def test_metric_names_are_escaped(run: Path, tmp_path: Path) -> None:
     assert "<img" not in json.dumps(page.plots)
     assert page.text.count(name) >= 5
     assert all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in report.data)
+
+
+def test_cost_leaves_out_stages_of_earlier_settings(tmp_path: Path) -> None:
+    """Of options that are off now, and of an iteration beyond the configured number; the sum of all is shown."""
+    folder = write_run(tmp_path / "run")
+    content = metrics(1)
+    content["stages"] = [stage_use("iteration-1/student", rows=4, seconds=100.0, flops=1)]
+    content["job_seconds"] = {"iteration-1/student": 100.0}
+    content["unused_stages"] = [stage_use("unmodified/student", rows=4, seconds=50.0, flops=2)]
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    later = {"stages": [stage_use("iteration-2/student", rows=4, seconds=25.0, flops=4), *content["unused_stages"]]}
+    (folder / "iteration-2").mkdir()
+    write_json(metrics(2) | later, folder / "iteration-2" / "metrics.json")
+    run = read_run_data(folder)
+    assert [stage["stage"] for stage in run.stages] == list(run.job_seconds) == ["iteration-1/student"]
+    assert [stage["stage"] for stage in run.unused_stages] == ["iteration-2/student", "unmodified/student"]
+    report = render_report(folder)
+    seconds = report.data["cost-seconds-of-jobs-by-stage"]
+    assert "100" in seconds
+    assert "iteration-2" not in seconds
+    text = page_of(folder).text
+    assert re.search(
+        r"all stages[^a-z]*2 min.*of earlier settings[^a-z]*75 s.*spent in all[^a-z]*3 min", text, re.DOTALL
+    )
+    compared = render_runs([folder, shutil.copytree(folder, tmp_path / "other")]).data["cost-seconds-of-jobs"]
+    assert [float(row["seconds"]) for row in csv.DictReader(io.StringIO(compared))] == [100.0, 100.0]
 
 
 def test_interruptions_of_earlier_versions_are_shown(run: Path, tmp_path: Path) -> None:

@@ -12,9 +12,14 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from flows.cli.tables import print_comparison
 from montessori_core import formatting
+from montessori_core.config import Study
+from montessori_core.config.section import parse
 from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.evaluation.scores import score as benchmark_score
 from montessori_core.evaluation.statistics import share_interval, share_interval_of_seeds
+from montessori_core.files import write_json
 from montessori_core.formatting import significant
 from montessori_report import html as pages
 from montessori_report.compare_page import render_runs
@@ -82,6 +87,47 @@ def test_study_page_shows_gains_costs_transfer(tmp_path: Path) -> None:
     seconds = significant(montessori["job_seconds"] / study.experiment.training.examples)
     assert montessori["method"] == "montessori"
     assert f"54.9258.596.90362.9329.9162.9758.7681.22{seconds} s5.842 s" in Page(rendered.html).text
+
+
+def test_students_of_one_model_have_labels_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, result = write_study(tmp_path / "study")
+    model = {"model": "smollm2-135m"}
+    loras = [{"rank": 8}, {"rank": 32}]
+    students = [model, model | {"max_length": 128}, {"model": "other"}, *(model | {"lora": lora} for lora in loras)]
+    study = parse(Study, study.model_dump(mode="json") | {"transfer": students}, "test")
+    usual = "max_length: 1024, lora: null"
+    labels = [
+        f"smollm2-135m ({usual}, experiment.student)",
+        f"smollm2-135m ({usual}, transfer.0)",
+        "smollm2-135m (max_length: 128, lora: null)",
+        "other",
+        *(f"smollm2-135m (max_length: 1024, lora.rank: {rank}, lora.alpha: 32, lora.targets: [])" for rank in (8, 32)),
+    ]
+    assert study.student_labels() == labels
+    (transferred,) = (other["methods"] for other in result["transfer"])
+    result["transfer"] = [{"student": label, "methods": transferred} for label in labels[1:]]
+    rendered = study_page(study, result, tmp_path / "study")
+    drawn = rows_of(rendered, "transfer-gain-on-each-student-figure-5")
+    assert [row["group"] for row in drawn] == [label for label in labels for _ in METHODS]
+    write_json(result, tmp_path / "study" / "comparison.json")
+    print_comparison(tmp_path / "study")
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"transfer to {label}") == 1 for label in labels[1:])
+
+
+def test_scores_of_all_students_of_a_study_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, result = write_study(tmp_path / "study")
+    result["untrained_scores"] = [benchmark_score("arc_challenge", "acc_norm", 0.271, 0.01, 1172)]
+    result["transfer"][0]["methods"][2]["scores"] = [benchmark_score("arc_challenge", "acc_norm", 0.424, None, 1172)]
+    text = Page(study_page(study, result, tmp_path / "study").html).text
+    assert "untrained student0.271 ± 0.010–\nmontessori––\nself_instruct0.314 ± 0.010–\nnomad––\n" in text
+    assert f"Benchmarks of {HOSTILE[0]}" in text
+    assert "nomad0.424" in text
+    write_json(result, tmp_path / "study" / "comparison.json")
+    print_comparison(tmp_path / "study")
+    printed = capsys.readouterr().out
+    for score in ("0.271 ± 0.010", "0.314 ± 0.010", "0.424"):
+        assert printed.count(score) == 1
 
 
 def test_study_page_shows_what_the_teacher_learned(tmp_path: Path) -> None:
