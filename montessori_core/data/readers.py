@@ -55,6 +55,7 @@ def _csv_rows(file: DataFile) -> Rows:
     with file.open() as stream:
         lines = _CsvLines(stream, file.name)
         reader = csv.reader(lines, strict=True)  # else an open quote takes all rows that follow
+        first = 1
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
@@ -76,7 +77,7 @@ def _csv_rows(file: DataFile) -> Rows:
                     yield where, RowError(where, problem, "another number of values than columns")
         except csv.Error as error:
             raise DataError(
-                f"{file.name}, line {reader.line_num}: not valid CSV ({error}); is a quote not closed?"
+                f"{file.name}, line {first}: the row that begins here is not valid CSV ({error}); is a quote not closed?"
             ) from error
 
 

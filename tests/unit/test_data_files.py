@@ -319,7 +319,7 @@ def test_stray_quote_in_csv_is_refused(value: str, tmp_path: Path) -> None:
     rows[11] = f"How tall is a door?,{value}"
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(["instruction,output", *rows]) + "\n")
-    with pytest.raises(DataError, match=r"rows.csv, line \d+: not valid CSV .*is a quote not closed"):
+    with pytest.raises(DataError, match=r"rows.csv, line 13: the row .* not valid CSV .*is a quote not closed"):
         read(path)
 
 
