@@ -107,7 +107,7 @@ def test_environment_is_empty(isolated: bool, monkeypatch: pytest.MonkeyPatch) -
         "import os; os.remove(victim)",
         "open(f'/dev/shm/{os.path.basename(victim)}', 'w')  # another file system",
         "import socket; socket.create_connection(('127.0.0.1', port), 2)",
-        "import socket; socket.socket(socket.AF_UNIX).connect(f'\\0{victim}')",
+        "import socket; socket.socket(socket.AF_UNIX).connect(f'\\0{os.path.basename(victim)}')",
         "os.kill(process, 0)",
         "open(f'/proc/{process}/cmdline')",
         "assert os.readlink('/proc/self/ns/ipc') == ipc",
@@ -124,7 +124,7 @@ def test_isolation_denies(attempt: str, tmp_path: Path, monkeypatch: pytest.Monk
         socket.socket(socket.AF_UNIX) as abstract,
         subprocess.Popen(["sleep", "600"]) as process,
     ):
-        abstract.bind(f"\0{victim}")
+        abstract.bind(f"\0{victim.name}")
         abstract.listen()
         values = {
             "victim": str(victim),
