@@ -8,7 +8,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on success flush it to disk (if `durable`) and move it to `path`.
 
     The block creates a file or a folder there. On any exception the temporary path is removed and `path` is unchanged.
-    Concurrent commits do not collide: the temporary name holds host, process and a random part.
+    Concurrent commits do not collide: the temporary name holds host, process and a random part. Weights, which safetensors
+    writes for their owner alone, become readable as the umask allows: others of a group copy runs.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        _let_others_read_weights([temporary, *temporary.rglob("*")])
         for created in [temporary, *temporary.rglob("*")] if durable else []:
             if created.is_file() or created.is_dir():
                 _flush(created)
@@ -45,6 +47,17 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _let_others_read_weights(created: Iterable[Path]) -> None:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in created:
+        if ".safetensors" in path.name and path.is_file() and not path.is_symlink():
+            found = path.stat()
+            mode = stat.S_IMODE(found.st_mode) | 0o444 & ~umask
+            if mode != stat.S_IMODE(found.st_mode) and found.st_uid == os.getuid():
+                path.chmod(mode)
 
 
 def is_copy(folder: Path, original: str | None) -> bool:

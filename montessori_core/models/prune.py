@@ -63,8 +63,6 @@ def prune_model(model: Path, layers: Collection[int], folder: Path) -> int:
         for file in {file for pattern in _COPIED for file in model.glob(pattern)}:
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, temporary / file.name)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner reads
         write_fingerprint(temporary)
     return sum(parameter.numel() for parameter in pruned.parameters())
 
