@@ -8,7 +8,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        _let_others_read_weights([temporary, *temporary.rglob("*")])
-        for created in [temporary, *temporary.rglob("*")] if durable else []:
-            if created.is_file() or created.is_dir():
+        for created in [temporary, *temporary.rglob("*")]:
+            if ".safetensors" in created.name and created.is_file() and not created.is_symlink():
+                _let_others_read(created)
+            if durable and (created.is_file() or created.is_dir()):
                 _flush(created)
         if temporary.is_dir() and path.exists():
             shutil.rmtree(path)
@@ -49,15 +50,17 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
         raise
 
 
-def _let_others_read_weights(created: Iterable[Path]) -> None:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for path in created:
-        if ".safetensors" in path.name and path.is_file() and not path.is_symlink():
-            found = path.stat()
-            mode = stat.S_IMODE(found.st_mode) | 0o444 & ~umask
-            if mode != stat.S_IMODE(found.st_mode) and found.st_uid == os.getuid():
-                path.chmod(mode)
+def _let_others_read(file: Path) -> None:
+    """Add the bits for reading that the umask allows, unless the file is another user's."""
+    found = file.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o444 == 0o444:
+        return
+    # A new file tells the umask. To ask for it by os.umask changes it for a moment, in all threads.
+    probe = file.with_name(f"{file.name}.umask")
+    probe.touch()
+    allowed = probe.stat().st_mode & 0o444
+    probe.unlink()
+    file.chmod(stat.S_IMODE(found.st_mode) | allowed)
 
 
 def is_copy(folder: Path, original: str | None) -> bool:
