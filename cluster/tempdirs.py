@@ -11,7 +11,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from montessori_core.locks import take_lock
@@ -26,6 +26,7 @@ _CACHES = {
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
 }
 _MOST_CACHES = 64  # of a user on a node; more processes at a time have caches that end with them
+_LARGEST_CACHE = 5e9  # bytes; code of earlier models and versions is never used again
 _IN_USE = "in-use"
 """File in a cache whose process runs, or was killed."""
 
@@ -63,7 +64,7 @@ def _kept_cache(shared: Path) -> Iterator[Path | None]:
     """Lend a cache that no other process has, with what earlier processes on this node compiled; None if there is none.
 
     Compiled code may hold the path of its cache, so that a cache keeps its path. That of a killed process is emptied: what it
-    was writing may be incomplete.
+    was writing may be incomplete. A large one is emptied, too.
     """
     for number in range(_MOST_CACHES):
         cache = shared / f"montessori-compiled-{os.getuid()}-{number}"
@@ -72,7 +73,7 @@ def _kept_cache(shared: Path) -> Iterator[Path | None]:
             continue
         try:
             mark = cache / _IN_USE
-            if mark.exists():
+            if mark.exists() or _size_of(cache) > _LARGEST_CACHE:
                 for part in _CACHES.values():
                     shutil.rmtree(cache / part, ignore_errors=True)
             mark.touch()
@@ -82,6 +83,16 @@ def _kept_cache(shared: Path) -> Iterator[Path | None]:
             os.close(lock)
         return
     yield None
+
+
+def _size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # compilers that a killed process has left may still be at work
+                size += os.lstat(os.path.join(path, name)).st_size
+    return size
 
 
 def _lock_own_folder(folder: Path) -> int | None:

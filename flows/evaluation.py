@@ -178,7 +178,8 @@ def _check_folder(experiment: Experiment, folder: Path) -> dict[str, str]:
         raise UserError(f"{folder} holds a run or a study; give the evaluation another --name")
     if command is None or not config.exists():
         return {}
-    if changed := differences_of_method(read_experiment(config), experiment):
+    changed = differences_of_method(read_experiment(config), experiment)
+    if changed := [line for line in changed if not line.startswith("teacher.")]:  # it is the student's model
         raise refusal_of_changes(folder, changed)
     return read_json(folder / layout.MODEL_COMMITS) or {}
 

@@ -27,6 +27,7 @@ from montessori_core.errors import UserError
 from montessori_core.influence.pilot import PILOT
 from montessori_core.training.schedule import CHECKPOINT_SECONDS
 from tasks.run import Run
+from tasks.studies import unused_stages
 
 _SIZES = {
     "warmup": {"examples"},
@@ -123,7 +124,10 @@ def planned_stages(pilot: Run, experiment: Experiment) -> list[Work]:
         UserError: a stage of the pilot is not done.
     """
     costs: dict[PurePath, StageCost] = {}
+    unused = unused_stages(pilot)
     for folder in stages_of(pilot.folder):
+        if folder in unused:
+            continue
         cost = cost_of(folder)
         if cost is None:
             raise UserError(

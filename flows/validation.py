@@ -25,6 +25,7 @@ from montessori_core.data.sources import Task, check_reference_size, read_tasks,
 from montessori_core.data.tables import PREDICTIONS, RETRAINING, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import write_json
+from montessori_core.influence.table import cut_warnings, summarize_influence
 from montessori_core.influence.validation import (
     Floats,
     cut_into_batches,
@@ -120,7 +121,7 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
         _check_sizes(validation, len(inputs.rows), "examples")
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))
-        values = _measure_predictors(validation, inputs, out)
+        values, warnings = _measure_predictors(validation, inputs, out)
         usable: list[int] = np.flatnonzero(np.isfinite(list(values.values())).all(axis=0)).tolist()
         _check_sizes(validation, len(usable), "examples with response tokens and finite influence")
         trainings = _Trainings(validation, inputs, out)
@@ -129,6 +130,7 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
             "settings": validation.summary(),
             "reference_examples": len(inputs.reference),
             "examples_left_out": len(inputs.rows) - len(usable),
+            "warnings": warnings,
         }
         write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
         ids = [task.example_id for task in inputs.examples]
@@ -177,8 +179,8 @@ def _warm_up(validation: Validation, warmup: list[Task], inputs: Inputs, folder:
     return {"student": Model.of(part), "moments": Model(str(part), moments_fingerprint(part))}
 
 
-def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> dict[str, Floats]:
-    """Return [examples] values by predictor; NaN for an example that cannot be measured."""
+def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> tuple[dict[str, Floats], list[str]]:
+    """Return [examples] values by predictor, NaN for an example that cannot be measured; and warnings."""
     values: dict[str, Floats] = {}
     for settings in validation.settings:
         weight = weight_of(settings)
@@ -212,7 +214,7 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
     values["gradient cosine"] = _column(read_table(parts, UTILITY), "utility")
     documents, queries = ([f"{t.request} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference))
     values["BM25"] = bm25(documents, queries)
-    return values
+    return values, cut_warnings(summarize_influence(first_order, threshold=0.0))
 
 
 class MeasuredStages:

@@ -40,6 +40,14 @@ def first_names(names: Collection[str]) -> str:
     return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
 
 
+def closest_name(name: str, names: Iterable[str]) -> str:
+    """Return ' (did you mean ...?)' with the one of some names that is most like a mistyped one; empty if none is."""
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def unit_of(nats: Iterable[float]) -> Unit:
     """Return the unit in which the median absolute value lies between 1 and 1000."""
     sizes = np.abs(np.fromiter(nats, dtype=float))

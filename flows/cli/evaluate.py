@@ -1,6 +1,7 @@
 """The command evaluate."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from flows.cli.options import (
     warn,
 )
 from flows.cli.tables import print_evaluation
+from montessori_core import layout
 from montessori_core.config import read_cluster, read_yaml
 from montessori_core.config.yaml import apply_overrides
 from montessori_core.presets import find_configuration
@@ -69,5 +71,11 @@ def evaluate(
 
 
 def _derive_name(model: str) -> str:
-    """Return a valid name for the evaluation of a model: with other characters or '..' replaced, and cut to 80."""
-    return f"evaluation-{re.sub(r'[^A-Za-z0-9._-]+|[.]{2,}', '-', Path(model).name or model)}"[:80]
+    """Return a valid name for the evaluation of a model: with other characters or '..' replaced, and cut to 80.
+
+    Models of all runs are in folders of the same names; theirs begins with the name of the run.
+    """
+    folder = Path(os.path.abspath(model))
+    run = next((place for place in folder.parents if (place / layout.CONFIG).exists()), None)
+    name = Path(model).name or model if run is None else str(folder.relative_to(run.parent))
+    return f"evaluation-{re.sub(r'[^A-Za-z0-9._-]+|[.]{2,}', '-', name)}"[:80]

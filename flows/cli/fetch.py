@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.console import console
 from montessori_core.errors import UserError
+from montessori_core.formatting import closest_name
 from montessori_core.models.embedded import EMBEDDED, fetch_embedded, terms_to_accept
 
 AcceptLicence = Annotated[
@@ -30,7 +31,8 @@ def fetch(
     """
     if model not in EMBEDDED:
         raise UserError(
-            f"{model!r} is not an embedded model; available: {', '.join(EMBEDDED)}. Name other models in the configuration"
+            f"{model!r} is not an embedded model{closest_name(model, EMBEDDED)}; available: {', '.join(EMBEDDED)}. "
+            "Name other models in the configuration"
         )
     if terms := terms_to_accept(model):
         console.print(f"{terms}\n", soft_wrap=True)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from flows.cli.console import console
 from flows.cli.options import RunFolder
 from montessori_core import layout
+from montessori_core.config.secrets import hide_logins
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,4 +89,7 @@ def _copy(folder: Path, to: str, replace: bool) -> None:
             bar.update(done - bar.n)
 
         sent = copy_folder(folder, to, replace, show)
-    console.print(f"{sent} files copied to {to}" if sent else f"already there, nothing copied: {to}", soft_wrap=True)
+    there = hide_logins(to)
+    console.print(
+        f"{sent} files copied to {there}" if sent else f"already there, nothing copied: {there}", soft_wrap=True
+    )

@@ -40,6 +40,9 @@ def report(
         raise UserError(
             f"--out {out}: exists and is not a Montessori report; nothing is overwritten: name another file"
         )
+    resolved = [run.resolve() for run in runs]
+    if twice := [run for run in runs if resolved.count(run.resolve()) > 1]:
+        raise UserError(f"{twice[-1]}: given twice; name each run once")
     if len(runs) == 1 and (runs[0] / STUDY).exists():
         page = study_page(read_study(runs[0] / STUDY), read_comparison(runs[0]), runs[0])
         path = out or runs[0] / PAGE

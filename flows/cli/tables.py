@@ -101,7 +101,7 @@ def print_summary(run: Run) -> None:
         for score in metrics.get("scores", []):
             if score["mean"] is not None:
                 text = f"{score['mean']:.4f} {score['model']}"
-                scores.setdefault(f"{score['benchmark']}: {score['metric'].replace('_', ' ')}", []).append(text)
+                scores.setdefault(_score_name(score), []).append(text)
         for name, texts in scores.items():
             table.add_row(name, ", ".join(texts))
         console.print(table)
@@ -190,9 +190,7 @@ def print_comparison(folder: Path) -> None:
 def _print_scores(title: str, rows: "Sequence[dict[str, Any]]") -> None:
     """Print a row per benchmark score and a column per method that has scores."""
     scores = {
-        row["method"]: {f"{entry['benchmark']}: {entry['metric'].replace('_', ' ')}": entry for entry in row["scores"]}
-        for row in rows
-        if row.get("scores")
+        row["method"]: {_score_name(entry): entry for entry in row["scores"]} for row in rows if row.get("scores")
     }
     if not scores:
         return
@@ -200,6 +198,10 @@ def _print_scores(title: str, rows: "Sequence[dict[str, Any]]") -> None:
     for name in dict.fromkeys(name for of_method in scores.values() for name in of_method):
         table.add_row(name, *(score_text(of_method.get(name)) for of_method in scores.values()))
     console.print(table)
+
+
+def _score_name(score: "Mapping[str, Any]") -> str:
+    return f"{score['benchmark']}: {score['metric'].replace('_', ' ')}"
 
 
 def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:

@@ -35,6 +35,7 @@ from flows.cli.options import (
     data_source,
     names_options,
     student_with_template,
+    warn,
 )
 from montessori_core.config import Influence, Optimization, Resources, Schedule
 from montessori_core.errors import ConfigError, UserError
@@ -233,6 +234,7 @@ def print_validation(result: dict[str, Any]) -> None:
     for row in deciles["falls"]:
         table.add_row(row["predictor"], *(f"{row[part]:+.3e}" for part in ("top", "middle", "bottom")))
     console.print(table)
+    warn(result["warnings"])
 
 
 def _print_scores(scores: list[dict[str, Any]]) -> None:

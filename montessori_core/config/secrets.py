@@ -44,6 +44,11 @@ def secrets_in(name: str, value: Any) -> Iterator[str]:
         yield name
 
 
+def hide_logins(text: str) -> str:
+    """Return a text without the user and password of URLs in it."""
+    return _USER_IN_URL.sub(lambda login: f"{login[0].partition('://')[0]}://", text)
+
+
 def _is_secret(name: str) -> bool:
     """Return whether a name is that of a secret, by its last words: hf_token, X-API-Key, clientSecret."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from montessori_core.config.secrets import secrets_in
 from montessori_core.errors import ConfigError
+from montessori_core.formatting import closest_name
 
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<parts>[0-9]+(?::[0-9]+){0,2})")
 
@@ -129,8 +130,6 @@ def _describe(problem: Any, root: type[Section]) -> str:
 
 
 def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
-    import difflib
-
     sections = [root]
     for part in location[:-1]:
         if len(sections) > 1:  # in a list of sections that are chosen by name: a position, then a name
@@ -140,8 +139,7 @@ def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
     if len(sections) != 1:
         return ""
     fields = sections[0].model_fields
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(fields)})"
+    return closest_name(str(location[-1]), fields) or f" (known: {', '.join(fields)})"
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from montessori_core.config.secrets import hide_logins
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path
 from montessori_core.formatting import first_names
@@ -39,12 +40,12 @@ def copy_folder(folder: Path, url: str, replace: bool, progress: Callable[[int, 
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"--to {url}: {error}; install the package in this environment") from error
+        raise UserError(f"--to {hide_logins(url)}: {error}; install the package in this environment") from error
     except Exception as error:  # file systems raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = hide_logins((str(error).strip() or type(error).__name__).splitlines()[0])
         raise UserError(
-            f"--to {url}: {reason}. Check the URL, the login and the free space there, then repeat the command: it sends "
-            "what is missing"
+            f"--to {hide_logins(url)}: {reason}. Check the URL, the login and the free space there, then repeat the command: "
+            "it sends what is missing"
         ) from error
 
 
@@ -89,13 +90,17 @@ def _list_files(folder: Path) -> Files:
 
 
 class _RemoteFolder:
-    """A folder on an fsspec file system."""
+    """A folder on an fsspec file system.
+
+    Attributes:
+        url: for messages, without a login.
+    """
 
     def __init__(self, url: str) -> None:
         import fsspec
 
-        self.url = url.rstrip("/")
-        self._system, path = fsspec.core.url_to_fs(self.url)
+        self.url = hide_logins(url.rstrip("/"))
+        self._system, path = fsspec.core.url_to_fs(url.rstrip("/"))
         self._path = path.rstrip("/")
 
     def sizes(self) -> dict[str, int]:

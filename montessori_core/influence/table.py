@@ -212,23 +212,26 @@ def influence_warnings(summary: Mapping[str, float | int]) -> list[str]:
     Args:
         summary: see `summarize_influence`.
     """
-    warnings = []
+    return [*cut_warnings(summary), *_domination_warnings(summary["median_dominated_share"])]
+
+
+def cut_warnings(summary: Mapping[str, float | int]) -> list[str]:
+    """Return a warning if examples or reference examples are cut; `summary` is that of `summarize_influence`."""
     cut, references = summary["truncated"], int(summary[CUT_REFERENCES])
-    if cut or references:
-        warnings.append(
-            f"the end of {cut:,} of {summary['examples']:,} examples and of {references:,} reference examples is cut: they "
-            "have more tokens than student.max_length (montessori influence: --max-length); raise it, or shorten them"
-        )
-    share = summary["median_dominated_share"]
-    if share > _DOMINATED:
-        warnings.append(_domination_warning(share))
-    return warnings
+    if not cut and not references:
+        return []
+    return [
+        f"the end of {cut:,} of {summary['examples']:,} examples and of {references:,} reference examples is cut: they have "
+        "more tokens than student.max_length (montessori influence, validate: --max-length); raise it, or shorten them"
+    ]
 
 
-def _domination_warning(share: float) -> str:
-    return (
+def _domination_warnings(share: float) -> list[str]:
+    if not share > _DOMINATED:
+        return []
+    return [
         f"the example's own gradient decides AdamW's denominator in {share:.0%} of the coordinates (median over examples), "
         "so that it damps the momentum whatever the example says, and influence may follow the gradient's size and the "
         "response's length; measure on a warm student (montessori influence: --warm-state), after more steps of warm-up, or "
         "lower the example weight (1/8: the authors' code on 8 GPUs, 1/32: a batch of 32)"
-    )
+    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from montessori_core.errors import UserError
 from montessori_core.files import hash_json, read_json
+from montessori_core.formatting import closest_name
 from montessori_core.models.adapters import adapted_model, is_adapter
 from montessori_core.models.embedded import EMBEDDED, find_embedded
 from montessori_core.models.fingerprints import ADAPTER_WEIGHTS, FINGERPRINT, WEIGHTS, WEIGHTS_INDEX, hash_model
@@ -68,8 +69,9 @@ def _download(model: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"model {model!r}, revision {revision or 'main'}, cannot be downloaded from the hub: {reason}\nCheck id, "
-            "revision and network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"
+            f"model {model!r}{closest_name(model, EMBEDDED)}, revision {revision or 'main'}, cannot be downloaded from the "
+            f"hub: {reason}\nCheck id, revision and network; on a machine without network give the path of a folder, or fill "
+            "$HF_HOME beforehand"
         ) from error
 
 

@@ -149,5 +149,3 @@ def _convert_gguf(
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in folder.iterdir():
-        file.chmod(0o644)

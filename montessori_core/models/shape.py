@@ -68,16 +68,28 @@ class Shape:
 
 def _experts(config: Any) -> int:
     """Return how many routed experts compute a token."""
-    return getattr(config, "num_experts_per_tok", None) or 0
+    return _first_of(config, "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
 
 
 def _intermediate(config: Any) -> int:
     """Return the inner dimension of all that computes one token in a feed-forward layer."""
-    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    dense = _first_of(config, "intermediate_size", "ffn_hidden_size") or 4 * config.hidden_size
     if not _experts(config):
-        return int(dense)
-    expert = getattr(config, "moe_intermediate_size", None) or dense
-    shared = "shared_expert_intermediate_size", "shared_intermediate_size"  # Qwen 2 MoE; Granite MoE
-    always = sum(getattr(config, name, None) or 0 for name in shared)
-    always += expert * (getattr(config, "n_shared_experts", None) or 0)
-    return int(max(dense if expert != dense else 0, _experts(config) * expert + always))
+        return dense
+    expert = _first_of(config, "moe_intermediate_size") or dense
+    always = _first_of(config, "shared_expert_intermediate_size", "shared_intermediate_size")  # Qwen 2 MoE; Granite MoE
+    always += expert * _first_of(config, "n_shared_experts", "moe_num_shared_experts")
+    routed = _experts(config) * expert + always
+    if getattr(config, "enable_moe_block", False):  # Gemma 4 adds experts to the dense layer
+        return dense + routed
+    return max(dense if expert != dense else 0, routed)
+
+
+def _first_of(config: Any, *names: str) -> int:
+    """Return the first of these settings that a configuration, or its section of feed-forward layers, has; else 0.
+
+    Of a setting with a value for each layer it is the largest.
+    """
+    sections = config, getattr(config, "ffn_config", None)  # DBRX
+    value = next(filter(None, (getattr(part, name, None) for part in sections for name in names)), 0)
+    return max(value) if isinstance(value, list | tuple) else value  # Gemma 3n

@@ -1,6 +1,5 @@
 """Generation with vLLM: the engine for GPUs."""
 
-import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from vllm.platforms import current_platform
 
 from montessori_core.config import Sampling, Vllm
 from montessori_core.errors import UserError
+from montessori_core.formatting import closest_name
 from montessori_core.models import flops
 from montessori_core.models.adapters import adapter_rank, is_adapter
 from montessori_core.models.control_tokens import encode_rendered
@@ -123,8 +123,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     names = [field.name for field in fields(EngineArgs)]
     for name in options:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = closest_name(name, names)
             raise UserError(f"synthesis.engine_options.{name}: vLLM {vllm.__version__} has no such option{hint}")
 
 

@@ -137,6 +137,7 @@ def test_unavailable_hub_model_is_refused_with_remedy(hub: Hub, tmp_path: Path) 
     assert absent.returncode == 1
     assert "'group/absent', revision main, cannot be downloaded from the hub" in absent.stderr
     assert "Check id, revision" in absent.stderr
+    assert "'smolm2-135m' (did you mean 'smollm2-135m'?), revision" in open_run(tmp_path / "run", "smolm2-135m").stderr
     assert not (tmp_path / "run").exists()
 
 

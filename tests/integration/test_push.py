@@ -254,10 +254,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
         (["--to", "nothing://here"], "Protocol not known: nothing"),
         (["--to", "file:///x", "--private"], "--private needs --to hf://datasets/OWNER/NAME"),
         (["--to", "hf://models/me/x"], "write hf://datasets/OWNER/NAME"),
+        (["--to", "ftp://me:canary@127.0.0.1:1/x"], "--to ftp://127.0.0.1:1/x: "),
     ):
         code, output = push(run, *options)
         assert code == 1, output
         assert message in output
+        assert "canary" not in output
     shutil.rmtree(run / "iteration-1" / "training")
     assert "iteration 1 has no training set" not in push(run, "--to", f"file://{tmp_path / 'out'}")[1]
     (run / "iteration-1" / "metrics.json").unlink()

@@ -464,6 +464,8 @@ def test_changed_comparison_keeps_other_stages(
         assert used | unused == {str(folder.relative_to(run)) for folder in stages_of(run)}
         assert (unused == set()) == (examples > 0)
         assert {Path(stage).name for stage in unused} <= {"training-influence", "training-influence-audit"}
+        pilot = reopen_run(run)
+        assert {work.name for work in planned_stages(pilot, pilot.experiment)} == used
         _, listed = invoke("status", str(run), cwd=tmp_path)
         assert all(("of earlier settings" in text) == (examples == 0) for text in (output, listed))
         assert ("training-influence" in listed.partition("of earlier settings")[0]) == (examples > 0)

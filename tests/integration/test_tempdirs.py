@@ -87,6 +87,17 @@ def test_code_of_a_killed_process_is_dropped(disk: Path) -> None:
         assert list(cache.iterdir()) == []
 
 
+def test_large_cache_is_emptied(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = compiled(disk)
+    (cache / "kernel").write_bytes(bytes(1000))
+    monkeypatch.setattr(tempdirs, "_LARGEST_CACHE", 1000)
+    with private_folders("5-0"):
+        assert list(cache.iterdir()) == [cache / "kernel"]
+    monkeypatch.setattr(tempdirs, "_LARGEST_CACHE", 999)
+    with private_folders("5-0"):
+        assert list(cache.iterdir()) == []
+
+
 @pytest.mark.parametrize("planted", ["link", "writable", "file"])
 def test_cache_that_others_can_write_is_not_used(disk: Path, planted: str) -> None:
     """Compiled code is executed, and the names of caches in /tmp can be guessed."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flows.cli.evaluate import _derive_name
 from flows.evaluation import RESULT, Evaluation, evaluated_experiment, open_evaluation
 from montessori_core.data.sources import load_tasks
 from montessori_core.errors import ConfigError, UserError
@@ -49,6 +50,7 @@ def test_changed_settings_of_an_evaluation_are_refused(tiny_llama: Path, tmp_pat
     with pytest.raises(UserError) as refusal:
         opened(tmp_path, tiny_llama, evaluation={"path": str(tmp_path / "other.jsonl")})
     message = str(refusal.value)
+    assert "teacher" not in message
     assert "mine: this evaluation was started with another configuration:\n  evaluation.path: " in message
     assert (
         f"Use another --name for the new configuration, or resume the evaluation unchanged: montessori evaluate {tiny_llama}"
@@ -101,6 +103,12 @@ def test_evaluation_and_run_folders_are_kept_apart(tiny_llama: Path, tmp_path: P
     code, output = invoke("status", "mine", cwd=tmp_path)
     assert code == 0, output
     assert "no stage has started" in output
+
+
+def test_students_of_runs_are_named_by_run(tmp_path: Path) -> None:
+    student = write_run(tmp_path / "first run") / "iteration-1" / "student" / "part-00000"
+    assert _derive_name(str(student)) == "evaluation-first-run-iteration-1-student-part-00000"
+    assert _derive_name("group/model") == "evaluation-model"
 
 
 @pytest.mark.parametrize("folder", ["a..b", "m" * 100, "..."])

@@ -220,6 +220,12 @@ def test_runs_with_equal_names_show_folders(tmp_path: Path) -> None:
     assert "The runs have the same configuration." in page.text
 
 
+def test_run_given_twice_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    code, output = invoke("report", "run", "./run/../run", cwd=tmp_path)
+    assert (code, "given twice; name each run once" in output) == (1, True)
+
+
 def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     copy = shutil.copytree(run, tmp_path / "copy")
