@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _CUDA_ERROR_NOT_INITIALIZED = 3  # from cuda.h
 _PATIENCE = 300.0  # seconds for the imports
 _READ_BY_IMPORTS = (
-    "ACCELERATE_", "ATEN_", "CUDA_", "HF_", "HOME", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON",
+    "ACCELERATE_", "ATEN_", "CUDA_", "GOMP_", "HF_", "HOME", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON",
     "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRL_", "XDG_CACHE_HOME",
 )  # fmt: skip
 _PRELOADED = (

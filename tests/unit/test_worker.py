@@ -1,12 +1,16 @@
 """Classes of the failures that a job catches itself."""
 
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from cluster.worker import classify_error
+from support import ROOT
 from support.slurm_lab import put_command
 
 
@@ -49,3 +53,15 @@ def test_classify_error_keeps_failed_commands_as_code_errors() -> None:
 )
 def test_classify_error_tells_broken_gpu_from_broken_code(message: str, kind: str) -> None:
     assert classify_error(RuntimeError(message)) == kind
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_waiting_threads_of_jobs_soon_sleep(own: dict[str, str], spins: str) -> None:
+    """Asked of the library that torch has loaded, since it reads the variable only once."""
+    code = "from cluster.worker import set_library_defaults; set_library_defaults(); import torch"
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = kept | own | {"OMP_DISPLAY_ENV": "verbose"}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", shown.stderr) == [spins]
