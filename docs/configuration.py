@@ -15,9 +15,9 @@ _HEAD = """# Configuration
 Made from `montessori_core/config/` by `python docs/configuration.py`; do not edit this page.
 
 A configuration is YAML, checked as a whole before anything runs: an unknown key, a wrong type or a value out of range is
-refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and a run writes its resolved
-`config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list, `[NAME]` for an entry of this
-name; `null` means not set.
+refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and
+`--set 'cluster.resources.*.FIELD=VALUE'` that of all stages but judging. A run writes its resolved `config.yaml` with every
+default spelled out. `[]` in a path stands for each entry of a list, `[NAME]` for an entry of this name; `null` means not set.
 
 ## Presets
 

@@ -21,6 +21,11 @@ def measure_gflops(threads: int) -> float | None:
     return float(outcome.stdout) if outcome.returncode == 0 else None
 
 
+def usable_cores() -> int:
+    """Return how many of this machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _measure() -> float:
     """Return the rate of the fastest tenth of products: the warm process imports its libraries at the same time."""
     import torch

@@ -22,6 +22,7 @@ from montessori_core.formatting import duration, gain_text, interval_text, kind_
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import describe_influence, influence_warnings, summarize_influence
 from montessori_core.models.shape import GB
+from montessori_core.speed import usable_cores
 from tasks.run import Run
 from tasks.studies import PAGE, read_comparison, unused_stages
 
@@ -52,6 +53,13 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
             f"about {duration(estimate.seconds)} in total, "
             f"at {estimate.gflops:.0f} GFLOP/s (fp32 matrix product, measured on this machine)"
         )
+        threads, cores = experiment.cluster.resources.training.cpus_per_process, usable_cores()
+        if cores > threads:
+            console.print(
+                f"A job uses {threads} of this machine's {cores} cores. For all of them add --set "
+                f"'cluster.resources.*.cpus_per_process={cores}'",
+                soft_wrap=True,
+            )
     else:
         console.print(
             "to estimate the time from a small finished run: montessori forecast CONFIG --pilot RUN_DIR", soft_wrap=True

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from montessori_core.config.resources import StageResources
 from montessori_core.config.section import Section
 from montessori_core.errors import ConfigError
 from montessori_core.files import commit
@@ -25,6 +26,8 @@ _SCALARS = {
 
 def apply_overrides(content: dict[str, Any], overrides: tuple[str, ...]) -> None:
     """Set `section.key=value` in plain data.
+
+    `cluster.resources.*` stands for every stage that loads a model: all but judging.
 
     Raises:
         ConfigError: an override cannot be applied.
@@ -132,12 +135,21 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = parse_yaml(text, f"--set {override}")
     except ConfigError as error:
         raise ConfigError(f"{error}; if it is a text, put it in quotes: --set '{dotted}=\"...\"'") from error
-    node = content
-    for key in keys[:-1]:
-        child = node.get(key)
-        if not (child is None or isinstance(child, dict)):
-            raise ConfigError(f"--set {override}: {key} is a value, not a section")
-        # Copy: sections that share a YAML anchor are the same object.
-        node[key] = dict(child or {})
-        node = node[key]
-    node[keys[-1]] = value
+    for path in _paths(keys):
+        node = content
+        for key in path[:-1]:
+            child = node.get(key)
+            if not (child is None or isinstance(child, dict)):
+                raise ConfigError(f"--set {override}: {key} is a value, not a section")
+            # Copy: sections that share a YAML anchor are the same object.
+            node[key] = dict(child or {})
+            node = node[key]
+        node[path[-1]] = value
+
+
+def _paths(keys: list[str]) -> list[list[str]]:
+    """Return the paths that keys stand for."""
+    if "*" not in keys or keys[: keys.index("*")][-2:] != ["cluster", "resources"]:
+        return [keys]
+    place = keys.index("*")
+    return [[*keys[:place], stage, *keys[place + 1 :]] for stage in StageResources.model_fields if stage != "judging"]

@@ -115,6 +115,19 @@ def test_answers_of_an_api_cost_dollars_not_operations(
     assert f"the time of {estimated.answers:,} answers from gpt-x is not included, about" in capsys.readouterr().out
 
 
+def test_estimate_says_how_to_use_all_cores(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "measure_gflops", lambda threads: 100.0)
+    run, _ = open_run(experiment(tiny_llama), tmp_path / "run")
+    estimated = estimate_run(run)
+    for cores in (2, 16):
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        print_estimate(run.experiment, estimated)
+        hint = "A job uses 2 of this machine's 16 cores. For all of them add --set 'cluster.resources.*.cpus_per_process=16'"
+        assert (hint in capsys.readouterr().out) == (cores == 16)
+
+
 def test_planned_stage_takes_less_on_faster_machine() -> None:
     stage = PlannedStage("s", "w", 2, {"learn": 1e12})
     assert stage.seconds(50) - stage.seconds(100) == pytest.approx(1e12 / (estimate._EFFICIENCY["learn"] * 100e9))

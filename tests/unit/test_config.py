@@ -230,6 +230,8 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     assert experiment.warmup.learning_rate == 1e-5
     assert experiment.synthesis.keep_newlines is False
     assert read_experiment(path, ("judge.model=gpt", "student.model='1e5'")).student.model == "1e5"
+    resources = read_experiment(path, ("cluster.resources.*.cpus_per_process=9",)).cluster.resources
+    assert [stage.cpus_per_process for _, stage in resources] == [9, 9, 9, 9, 9, 1]
     for override, message in (
         ("warmup.learning_rate", "write it as section.key=value"),
         ("teacher.model.x=1", "model is a value, not a section"),
