@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from flows.validation import MeasuredStages
@@ -280,6 +281,19 @@ def test_screened_values_do_not_depend_on_order(baseline: str) -> None:
     by_id = {row["example_id"]: row for row in other.to_pylist()}
     assert [by_id[row["example_id"]] for row in table.to_pylist()] == table.to_pylist()
     assert screening_report(table) == screening_report(other)
+
+
+def test_without_calibration_every_example_is_measured_exactly() -> None:
+    """The half of the audit that calibrates has no finite row."""
+    bench = Bench(500, error=0.1)
+    calibrating = draw_ids(list(bench.exact), 100)[::2]
+    bench.exact |= dict.fromkeys(calibrating, math.nan)
+    table = screen(bench, SETTINGS, "student")
+    report = screening_report(table)
+    assert report is not None
+    assert (report.offset, report.width, report.confirmed, report.fell_back) == (0.0, math.inf, 400, False)
+    finite = table.filter(pc.equal(table["status"], "ok"))
+    assert finite["influence_student"].to_pylist() == [value for value in bench.exact.values() if math.isfinite(value)]
 
 
 def test_small_sets_are_measured_exactly() -> None:
