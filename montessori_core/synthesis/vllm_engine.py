@@ -49,8 +49,8 @@ class VllmEngine:
         _check_options(options)
         on_gpus = bool(torch.cuda.device_count())
         if not on_gpus:
-            # By default vLLM reserves one core and 40 % of the memory.
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '2')) - 1}")
+            # By default vLLM binds threads to cores, which may be those of other jobs, and takes 40 % of the memory.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         folder = fetch_model(model)
         self._weights, self.positions = flops.weights_of(folder), positions_of(folder)

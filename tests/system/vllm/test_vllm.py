@@ -82,6 +82,31 @@ def test_vllm_samples_depend_on_their_seeds(smollm2: Path, vllm_python: str, tmp
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
 
 
+CONFINED = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[2])})
+import psutil
+from montessori_core.config import Sampling
+from montessori_core.models.load import load_tokenizer
+from montessori_core.synthesis.engine import Request
+from montessori_core.synthesis.generation import open_engine
+if __name__ == "__main__":
+    engine = open_engine("vllm", sys.argv[1], load_tokenizer(sys.argv[1]))
+    list(engine.generate([Request("One, two,", seed=0)], Sampling(max_tokens=4, presence_penalty=0.0), None))
+    workers = psutil.Process().children(recursive=True)
+    print("cores", sorted({core for worker in workers for core in worker.cpu_affinity()}))
+"""
+
+
+def test_vllm_stays_on_the_cores_of_its_job(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
+    (tmp_path / "confined.py").write_text(CONFINED)
+    last = str(max(os.sched_getaffinity(0)))
+    command = [vllm_python, str(tmp_path / "confined.py"), str(smollm2), last]
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_OMP_THREADS_BIND"}
+    output = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True).stdout
+    assert f"cores [{last}]" in output
+
+
 def test_transformers_engine_runs_with_transformers_of_vllm(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
     """An older release than the worker's: names that it lacks must not be imported."""
     rows: list[Row] = [{"example_ids": ["0", "1"], "turns": ["The capital of France is"], "seeds": [1, 2]}]
