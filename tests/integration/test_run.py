@@ -29,6 +29,7 @@ from montessori_core.data.sources import read_tasks, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.evaluation.kinds import read_classifier
 from montessori_core.influence.screening import screening_report
+from montessori_core.layout import CONFIG, OPENED
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.fetch import fingerprint
 from support import ROOT
@@ -553,9 +554,10 @@ def test_failed_stage_is_reported_and_shown_in_status(
     run = tmp_path / "runs" / "short"
     shutil.copytree(undisturbed / "runs" / "tiny", run)
     shutil.rmtree(run / "iteration-1" / "warmup")
-    content = yaml.safe_load((run / "config.yaml").read_text())
+    content = yaml.safe_load((run / CONFIG).read_text())
     content["student"]["max_length"] = 32
-    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    for name in (CONFIG, OPENED):
+        (run / name).write_text(yaml.safe_dump(content))
     code, output = call("resume", "runs/short", cwd=tmp_path, **shared_server)
     assert code == 1
     assert "Traceback" not in output

@@ -271,7 +271,7 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
     short = yaml.safe_load(experiment.read_text())
     short["training"]["response_tokens"] = 100
     for content, words in [
-        ({"methods": ["montessori"]}, r"baseline 'self_instruct' is not in methods \(montessori\); add it there"),
+        ({"methods": ["montessori"]}, "baseline 'self_instruct' is not in methods (montessori); add it there"),
         ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
         ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; available: montessori, self_instruct"),
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),

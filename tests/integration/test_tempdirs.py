@@ -26,7 +26,7 @@ with private_folders("1-0") as folder:
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("TMPDIR", *tempdirs._CACHES):
-        monkeypatch.setenv(variable, "shared")
+        monkeypatch.setenv(variable, str(tmp_path / "shared"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
     return tmp_path
