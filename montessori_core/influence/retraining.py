@@ -21,7 +21,7 @@ from montessori_core.errors import DataError
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet, open_reference
 from montessori_core.models.chat import Encoded
-from montessori_core.models.device import compute_device
+from montessori_core.models.device import check_memory, compute_device
 from montessori_core.models.examples import encode_task
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.program import Recorder, Report, RowProgram
@@ -38,7 +38,8 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
     device = compute_device()
     tokenizer, model = load_with_tokenizer(str(inputs["student"]), torch.float32)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
-    student = WarmStudent(model.to(device), moments, settings.recipe, settings.mixed, settings.batch_tokens)
+    check_memory(model.to(device), 20, "training a student on subsets")  # fp32: gradient, moments, a temporary of AdamW
+    student = WarmStudent(model, moments, settings.recipe, settings.mixed, settings.batch_tokens)
     tasks = load_tasks(inputs["examples"])
     reference = open_reference(tokenizer, inputs["reference"], settings.max_length, settings.batch_tokens, device)
 

@@ -15,7 +15,7 @@ from montessori_core.data.tables import UTILITY
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.reference import ReferenceSet, influence_of, open_reference
 from montessori_core.models.chat import IGNORED, Encoded
-from montessori_core.models.device import compute_device
+from montessori_core.models.device import check_memory, compute_device
 from montessori_core.models.examples import encode_measured, encode_task, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.positions import positions_of
@@ -88,6 +88,7 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
     gradient is zero or not finite.
     """
     tokenizer, model = _open_student(inputs)
+    check_memory(model, 12, "the cosine of gradients")  # fp32: a gradient and that of the reference loss
     losses, device = TokenLosses(model), compute_device()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     reference = open_reference(tokenizer, inputs["reference"], settings.max_length, settings.batch_tokens, device)

@@ -1,8 +1,11 @@
 """The device for computation."""
 
 import os
+from typing import Any
 
 import torch
+
+from montessori_core.errors import UserError
 
 
 def check_gpus(wanted: int) -> None:
@@ -27,7 +30,8 @@ def compute_device() -> torch.device:
     NVIDIA's do.
 
     Kernels without a deterministic alternative only cause a warning. So does the backward pass of fused attention, which is
-    deterministic in torch's strict mode alone; that mode would refuse models with any other such kernel.
+    deterministic in torch's strict mode alone; that mode would refuse models with any other such kernel. Memory that no
+    kernel has written is not filled with NaN, which would write it twice: nothing reads it.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -36,4 +40,27 @@ def compute_device() -> torch.device:
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     return torch.device("cuda")
+
+
+def check_memory(model: Any, bytes_per_weight: int, work: str) -> None:
+    """Check that a GPU has memory for work that keeps so much of each trained weight there.
+
+    Args:
+        model: on its device; the check is for GPUs only.
+        bytes_per_weight: of a trained weight, with the weight; others have their 4 bytes alone.
+        work: what needs it.
+
+    Raises:
+        UserError: it has not.
+    """
+    if model.device.type != "cuda":
+        return
+    needed = sum(p.numel() * (bytes_per_weight if p.requires_grad else 4) for p in model.parameters())
+    _, memory = torch.cuda.mem_get_info(model.device)
+    if needed > memory:
+        raise UserError(
+            f"{work} keeps {needed / 1e9:.0f} GB on the GPU, {bytes_per_weight} bytes a trained weight, and the GPU has "
+            f"{memory / 1e9:.0f} GB; use a GPU with more memory, a smaller student, or a LoRA student"
+        )
