@@ -581,6 +581,19 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path, loss:
         assert (together[name] - weight).abs().max() <= 1e-3 * (weight - start[name]).abs().max(), name
 
 
+def test_zero_3_partitions_teacher_while_loading(tiny_llama: Path, tmp_path: Path) -> None:
+    """Otherwise each process holds all weights in fp32 before the training starts."""
+    program = replace(programs.DPO, entry="support.partitioned_weights:open_dpo")
+    settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), 3)
+    execute(tmp_path / "stage", program, settings, tiny_llama, PAIRS[:2], 1)
+
+
+@pytest.mark.slow
+def test_zero_3_partitions_student_while_loading(tiny_llama: Path, tmp_path: Path) -> None:
+    program = replace(programs.SFT, entry="support.partitioned_weights:open_sft")
+    sft(tmp_path / "stage", tiny_llama, 3, 1, program=program)
+
+
 def _write_full(folder: Path, tiny_llama: Path) -> Path:
     shutil.copytree(tiny_llama, folder)
     return folder / "model.safetensors"
