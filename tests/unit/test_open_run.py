@@ -205,6 +205,15 @@ def test_refusal_of_changed_settings_names_the_remedy(
     assert "warmup.examples: 64 -> 65\nOf the method's settings, only preferences" in str(refusal.value)
 
 
+def test_offload_may_change_in_started_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """It is the remedy for a training that ran out of memory."""
+    plain = warnings_of(tmp_path, tiny_llama, zero={"stage": 3})
+    assert warnings_of(tmp_path, tiny_llama, zero={"stage": 3, "offload": "optimizer"}) == plain
+    assert reopen_run(tmp_path / "run").experiment.zero.offload == "optimizer"
+    with pytest.raises(UserError, match="zero.stage: 3 -> 2"):
+        warnings_of(tmp_path, tiny_llama, zero={"stage": 2})
+
+
 @pytest.mark.parametrize("preferences", [{}, {"max_pairs": 3}])
 def test_open_run_leaves_driven_run_unchanged(
     preferences: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
