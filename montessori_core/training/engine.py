@@ -48,10 +48,20 @@ def start_processes() -> None:
     # later training on the machine. Gloo does not need the kernel. DeepSpeed reads this table nowhere else, and makes it with
     # the compiler, if it is not set.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    if torch.cuda.is_available():  # where weights in 4 bits are loaded
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if torch.cuda.is_available():
+        take_gpu()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+
+
+def take_gpu() -> None:
+    """Make one of the GPUs that this process sees its own, for torch and for DeepSpeed, which reads LOCAL_RANK.
+
+    The scheduler may show each process all GPUs of the job on its node, or only one, which then is number 0.
+    """
+    number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.cuda.set_device(number)
 
 
 def computes_in_bf16() -> bool:
