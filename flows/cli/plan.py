@@ -120,12 +120,14 @@ def _plan_update(teacher: str, recipe: TeacherUpdate, max_length: int, gpu_memor
 
     model = _load_without_weights(teacher, recipe.lora)
     shape = Shape.of(model)
-    layouts = [(1, 2), (2, 2)] + [(2, 3)] * (recipe.quantization is None)  # weights in 4 bits are not partitioned
+    layouts = [(1, 2, False), (2, 2, False)]
+    if recipe.quantization is None:  # weights in 4 bits are not partitioned
+        layouts += [(2, 3, False), (2, 3, True)]
     plans = {
-        f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}": plan_update(
-            shape, stage, processes, 2 * max_length, recipe.quantization
+        f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}{', offload optimizer' * offload}": plan_update(
+            shape, stage, processes, 2 * max_length, recipe.quantization, offload
         )
-        for processes, stage in layouts
+        for processes, stage, offload in layouts
     }
     fitting = [name for name, plan in plans.items() if plan.total <= USABLE * gpu_memory * GB]
     print_update_plans(plans, f"{teacher}: teacher update, GB on each GPU", gpu_memory, fitting)

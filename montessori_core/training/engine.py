@@ -28,6 +28,7 @@ from montessori_core.models.rendering import end_tokens
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import last_complete_checkpoint, remove_other_checkpoints
 from montessori_core.training.masters import MastersCallback, gather_masters
+from montessori_core.training.memory import BUCKET
 from montessori_core.training.schedule import rate_factor
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
     """Return DeepSpeed's configuration; transformers fills in the "auto" values from the trainer's arguments."""
     # DeepSpeed (0.19) accumulates gradients of bf16 weights in fp32 only if it partitions the optimizer.
     stage = max(zero.stage, 1) if computes_in_bf16() else zero.stage
-    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available()}
+    overlap = torch.cuda.is_available()
+    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": BUCKET}
     if zero.offload != "none":
         optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload == "all":
