@@ -14,7 +14,7 @@ from montessori_core.errors import UserError
 from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
-from montessori_core.models.shape import GB, Shape
+from montessori_core.models.shape import GB, USABLE, Shape
 from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize, choose_parallelism
 
 _OF_A_MEASUREMENT = ("estimator", "screen", "dtype", "state_dtype", "reference_batch_tokens")
@@ -115,7 +115,6 @@ def _parse_update(lora: Lora | None, quantization: str | None) -> TeacherUpdate:
 
 
 def _plan_update(teacher: str, recipe: TeacherUpdate, max_length: int, gpu_memory: float) -> None:
-    from montessori_core.influence.memory import USABLE
     from montessori_core.training.memory import plan_update
 
     model = _load_without_weights(teacher, recipe.lora)

@@ -65,7 +65,8 @@ def plan_update(
     updated = shape.trained // processes
     # The root of the second moment; in stage 3 also a copy of the gradient, but both of one sub-group at a time.
     step = 8 * min(updated, _SUB_GROUP) if stage == 3 else 4 * updated
-    accumulated = 0 if offload and stage == 3 else 4 * updated
+    # Stage 1 accumulates all gradients, and drops those in bf16 one by one.
+    accumulated = {1: 4 * shape.trained, 2: 4 * updated, 3: 0 if offload else 4 * updated}[stage]
     return UpdateMemory(
         weights=(2 * in_bf16 + int(_NF4 * in_four_bits)) // (processes if stage == 3 else 1),
         gradients=2 * shape.trained // (processes if stage >= 2 else 1) + accumulated,

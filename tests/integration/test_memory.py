@@ -15,11 +15,11 @@ from montessori_core.config import Lora, read_experiment
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, ResidentStudent
 from montessori_core.influence.losses import make_batch
-from montessori_core.influence.memory import USABLE, plan_memory
+from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.load import load_model, with_lora
-from montessori_core.models.shape import GB, Shape
+from montessori_core.models.shape import GB, USABLE, Shape
 from montessori_core.training.memory import BUCKET, plan_update
 from montessori_core.training.moments import cold_moments
 from support import CONFIGS, ROOT
