@@ -29,6 +29,7 @@ _SLURM_TIMEOUT = 60.0  # seconds for a Slurm command
 _TRAINING_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
 _GENERATION_PACKAGES = ("vllm", "torch", "transformers", "pyarrow")
 _JUDGING_PACKAGES = ("openai", "pyarrow")
+_COMPILING = ("generation", "training", "teacher_update")  # stages whose jobs use Triton on GPUs: vLLM and TRL
 _JOB_REMEDY = (
     "is this folder on a shared file system, and does the Python that the configuration names exist on the nodes?"
 )
@@ -195,7 +196,7 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
         if isinstance(report, Finding):
             yield report
             return
-        yield from _check_report(kind, report, token.read_text(), resources)
+        yield from check_report(kind, report, token.read_text(), resources)
     nodes = 2 if cluster.profile == "slurm" else 1
     pair = _of_test_job(cluster.resources.training, patience, nodes=nodes, processes=2 // nodes)
     stage = Stage(
@@ -238,7 +239,8 @@ def _packages_by_stage(cluster: Cluster) -> dict[str, tuple[str, ...]]:
     return {stage: needed.get(stage, _TRAINING_PACKAGES) for stage, _ in cluster.resources if stage in differ}
 
 
-def _check_report(kind: str, report: dict[str, Any], token: str, resources: Resources) -> Iterator[Finding]:
+def check_report(kind: str, report: dict[str, Any], token: str, resources: Resources) -> Iterator[Finding]:
+    """Check what a node reported; see `cluster.doctor_jobs`."""
     shared = report["token"] == token
     yield Finding(
         f"{kind} job: file system",
@@ -261,6 +263,14 @@ def _check_report(kind: str, report: dict[str, Any], token: str, resources: Reso
             report["gpus"] >= resources.gpus_per_node,
             f"torch sees {report['gpus']} of {resources.gpus_per_node}",
             "install torch's CUDA build for the nodes' driver, and check that jobs get their GPUs (gres, cgroups)",
+        )
+    if resources.gpus_per_node and kind in _COMPILING:
+        yield Finding(
+            f"{kind} job: C compiler",
+            report["cannot_compile"] is None,
+            report["cannot_compile"] or report["compiler"],
+            "Triton compiles kernels on the node: install gcc and Python's headers there (python3-dev), or make them "
+            "available in cluster.slurm.setup, such as module load gcc or export CC=...",
         )
 
 

@@ -4,6 +4,9 @@ import importlib
 import json
 import os
 import platform
+import shutil
+import subprocess
+import sysconfig
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +17,7 @@ from montessori_core.versions import misfit
 
 
 def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
-    """Report host, versions, packages that fail to import or have the wrong version, GPUs, and the driver's token.
+    """Report host, versions, packages that fail to import or have the wrong version, GPUs, compiler, and the driver's token.
 
     Settings: `packages` to import, with their ranges of versions. Inputs: `token`, a file that the driver wrote.
     """
@@ -40,9 +43,23 @@ def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) ->
             import torch
 
             node["gpus"] = torch.cuda.device_count()
+        node["compiler"], node["cannot_compile"] = _try_compiler()
         output.write_text(json.dumps(node))
 
     return compute
+
+
+def _try_compiler() -> tuple[str | None, str | None]:
+    """Return the C compiler that Triton uses here, and why it cannot compile an extension of Python, as Triton does."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None, "no gcc or clang on PATH, and CC is not set"
+    command = [compiler, "-x", "c", "-fsyntax-only", f"-I{sysconfig.get_paths()['include']}", "-"]
+    try:
+        outcome = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, check=False)
+    except OSError as error:
+        return compiler, f"{compiler}: {error.strerror}"
+    return compiler, outcome.stderr.partition("\n")[0] if outcome.returncode else None
 
 
 def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:

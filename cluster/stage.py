@@ -147,7 +147,10 @@ class Stage:
 
         Equal rows have equal keys, whatever the order of their columns and the batches of the table.
         """
-        return hash_json([self.program, self.version, self.settings, self.input_hashes, rows.to_pydict()])
+        settings = dict(self.settings)
+        if "zero" in settings:  # offload only moves tensors
+            settings["zero"] = {**settings["zero"], "offload": "none"}
+        return hash_json([self.program, self.version, settings, self.input_hashes, rows.to_pydict()])
 
     def part(self, index: int) -> Path:
         """Path of the result of shard `index`."""

@@ -44,6 +44,7 @@ from montessori_core.tracking.trackers import check_trackers
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, current_copies, overlap_warnings
 from tasks.changed_settings import changed_settings, first_stage
+from tasks.memory_check import memory_warnings
 
 _PASSAGES = "passages"
 
@@ -222,6 +223,8 @@ def _check_and_write(
         warnings += check_jobs(experiment.cluster, [] if experiment.asks_api else ["judging"])
     warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
+    if not run.finished:
+        warnings += memory_warnings(experiment, *_fetch_teacher_and_student(experiment, commits))
     if not opened_before:
         take_lock(folder, lock)
         if config.exists():
@@ -322,10 +325,7 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
         UserError: a model or chat template cannot be loaded, a model is an adapter that the training does not continue, or it
             has fewer positions than `max_length`.
     """
-    teacher, student = (
-        fetch_model(section.model, commits.get(_name_of(section), section.revision))
-        for section in (experiment.teacher, experiment.student)
-    )
+    teacher, student = _fetch_teacher_and_student(experiment, commits)
     for folder in (teacher, student):
         check_weight_files(folder)
     check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
@@ -342,6 +342,15 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
         if (template := configured_template(model, section, _role(section))) is not None:
             templates[_role(section)] = template
     return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
+
+
+def _fetch_teacher_and_student(experiment: Experiment, commits: Mapping[str, str]) -> tuple[Path, Path]:
+    """Return the folders of both models, of the hub's in their commits."""
+    teacher, student = (
+        fetch_model(section.model, commits.get(_name_of(section), section.revision))
+        for section in (experiment.teacher, experiment.student)
+    )
+    return teacher, student
 
 
 def _role(section: Teacher | Student) -> str:

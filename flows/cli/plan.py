@@ -14,7 +14,7 @@ from montessori_core.errors import UserError
 from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
-from montessori_core.models.shape import GB, Shape
+from montessori_core.models.shape import GB, USABLE, Shape
 from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize, choose_parallelism
 
 _OF_A_MEASUREMENT = ("estimator", "screen", "dtype", "state_dtype", "reference_batch_tokens")
@@ -115,17 +115,18 @@ def _parse_update(lora: Lora | None, quantization: str | None) -> TeacherUpdate:
 
 
 def _plan_update(teacher: str, recipe: TeacherUpdate, max_length: int, gpu_memory: float) -> None:
-    from montessori_core.influence.memory import USABLE
     from montessori_core.training.memory import plan_update
 
     model = _load_without_weights(teacher, recipe.lora)
     shape = Shape.of(model)
-    layouts = [(1, 2), (2, 2)] + [(2, 3)] * (recipe.quantization is None)  # weights in 4 bits are not partitioned
+    layouts = [(1, 2, False), (2, 2, False)]
+    if recipe.quantization is None:  # weights in 4 bits are not partitioned
+        layouts += [(2, 3, False), (2, 3, True)]
     plans = {
-        f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}": plan_update(
-            shape, stage, processes, 2 * max_length, recipe.quantization
+        f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}{', offload optimizer' * offload}": plan_update(
+            shape, stage, processes, 2 * max_length, recipe.quantization, offload
         )
-        for processes, stage in layouts
+        for processes, stage, offload in layouts
     }
     fitting = [name for name, plan in plans.items() if plan.total <= USABLE * gpu_memory * GB]
     print_update_plans(plans, f"{teacher}: teacher update, GB on each GPU", gpu_memory, fitting)

@@ -238,15 +238,14 @@ def print_update_plans(
 ) -> None:
     """Print the memory of a GPU that updates a teacher, by item, for each number of GPUs and ZeRO stage."""
     table = Table("item", *plans, title=title, title_justify="left")
-    for item in ("weights", "gradients", "optimizer", "activations", "total"):
+    for item in ("weights", "gradients", "buckets", "optimizer", "temporary", "total"):
         table.add_row(item, *(f"{getattr(plan, item) / GB:.2f}" for plan in plans.values()))
     console.print(table)
     if fitting:
         console.print(f"fits {memory_gb:g} GB: {'; '.join(fitting)}")
     else:
         console.print(
-            f"does not fit {memory_gb:g} GB: train LoRA matrices (--lora-rank) or lower --max-length; or, which this plan "
-            "does not show, let the run move the optimizer to host memory (its configuration: zero.offload: optimizer)",
+            f"does not fit {memory_gb:g} GB: train LoRA matrices (--lora-rank) or lower --max-length",
             style="red",
         )
 

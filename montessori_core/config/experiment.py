@@ -149,9 +149,10 @@ class Experiment(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine an iteration's data and models, as plain data.
 
-        The name, the cluster, the number of iterations, the benchmarks and the trackers do not.
+        The name, the cluster, the number of iterations, the benchmarks, the trackers and ZeRO's offload do not.
         """
-        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks", "tracking"})
+        excluded = dict.fromkeys(("cluster", "name", "iterations", "benchmarks", "tracking"), True)
+        content = self.model_dump(mode="json", exclude={**excluded, "zero": {"offload"}})
         for name in ("judge", "strong_teacher", "answerer"):
             endpoint: Endpoint | None = getattr(self, name)
             content[name] = endpoint.identity() if endpoint else None

@@ -1,6 +1,6 @@
 """Resources of jobs, by stage."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Minutes, Section
 
@@ -69,3 +69,14 @@ class StageResources(Section):
     judging: Resources = Field(
         Resources(cpus_per_process=1), description="Requests to an API. These jobs need the network and no GPU."
     )
+
+    @model_validator(mode="after")
+    def _training_processes_have_gpus(self) -> "StageResources":
+        for stage in ("training", "teacher_update"):
+            resources: Resources = getattr(self, stage)
+            if resources.processes_per_node > resources.gpus_per_node > 0:
+                raise ValueError(
+                    f"{stage}.processes_per_node ({resources.processes_per_node}) is more than {stage}.gpus_per_node "
+                    f"({resources.gpus_per_node}), but each process of a training has a GPU; set both to the same number"
+                )
+        return self

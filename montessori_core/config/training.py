@@ -189,7 +189,8 @@ class Zero(Section):
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
-        description="Keep the optimizer ('optimizer'), or optimizer and weights ('all', stage 3), in host memory.",
+        description="Keep the optimizer ('optimizer'), or optimizer and weights ('all', stage 3), in host memory. It may "
+        "change in a started run: finished trainings are kept, an interrupted one starts again.",
     )
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from montessori_core.errors import UserError
 from montessori_core.influence.losses import LOGITS_AT_A_TIME
 from montessori_core.influence.reference_state import Estimator
 from montessori_core.influence.student import ON_DEVICE, Home, Placement
-from montessori_core.models.shape import GB, Shape
+from montessori_core.models.shape import GB, USABLE, Shape
 
 Planned = Estimator | Literal["steps"]
 Phase = Literal["loading", "opening", "measuring"]
@@ -27,8 +27,6 @@ _MEASURING: tuple[Phase, ...] = ("measuring",)
 
 log = logging.getLogger(__name__)
 
-USABLE = 0.92
-"""Share of the device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
 
 _DEVICE_REMEDY = (
     "lower influence.reference_batch_tokens or student.max_length, train LoRA matrices (student.lora), set "

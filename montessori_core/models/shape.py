@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 GB = 1e9  # bytes
+USABLE = 0.92
+"""Share of a device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
 
 
 @dataclass(frozen=True)

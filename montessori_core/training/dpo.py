@@ -65,13 +65,14 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
         pairs_and_padding = pairs + [_empty_pair(tokenizer)] * TeacherTrainer.padding
         progress = ProgressCallback(report, recipe, len(pairs_and_padding) if recipe.precomputes_reference else 0)
+        arguments = _arguments(settings, checkpoints)  # before the model: ZeRO-3 partitions weights as they load
         teacher, adapter = load_model(model_path, torch.float32, recipe.quantization), None
         if recipe.lora is not None and not is_adapter(Path(model_path)):
             adapter = lora_config(teacher, recipe.lora, "teacher_update.lora")
         with shared_dataset(pairs_and_padding, output.parent) as data:
             trainer = TeacherTrainer(
                 model=teacher,
-                args=_arguments(settings, checkpoints),
+                args=arguments,
                 train_dataset=data,
                 processing_class=tokenizer,
                 callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],

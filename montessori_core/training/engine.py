@@ -28,6 +28,7 @@ from montessori_core.models.rendering import end_tokens
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import last_complete_checkpoint, remove_other_checkpoints
 from montessori_core.training.masters import MastersCallback, gather_masters
+from montessori_core.training.memory import BUCKET
 from montessori_core.training.schedule import rate_factor
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,20 @@ def start_processes() -> None:
     # later training on the machine. Gloo does not need the kernel. DeepSpeed reads this table nowhere else, and makes it with
     # the compiler, if it is not set.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    if torch.cuda.is_available():  # where weights in 4 bits are loaded
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if torch.cuda.is_available():
+        take_gpu()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+
+
+def take_gpu() -> None:
+    """Make one of the GPUs that this process sees its own, for torch and for DeepSpeed, which reads LOCAL_RANK.
+
+    The scheduler may show each process all GPUs of the job on its node, or only one, which then is number 0.
+    """
+    number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.cuda.set_device(number)
 
 
 def computes_in_bf16() -> bool:
@@ -63,7 +74,8 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
     """Return DeepSpeed's configuration; transformers fills in the "auto" values from the trainer's arguments."""
     # DeepSpeed (0.19) accumulates gradients of bf16 weights in fp32 only if it partitions the optimizer.
     stage = max(zero.stage, 1) if computes_in_bf16() else zero.stage
-    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available()}
+    overlap = torch.cuda.is_available()
+    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": BUCKET}
     if zero.offload != "none":
         optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload == "all":

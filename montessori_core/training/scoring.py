@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from montessori_core.errors import UserError
 from montessori_core.models import flops
@@ -159,6 +160,13 @@ def _check_head(model: Any, fused: Callable[..., Any], ids: torch.Tensor) -> Non
 
 
 def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether packed pairs have the same log-probabilities in all processes.
+
+    A model that refuses packed pairs reads prompts twice. A process that ran out of memory ends; under ZeRO-3 so does one
+    with any error, since the others wait for its part of the weights.
+    """
+    is_distributed = torch.distributed.is_initialized()
+    waited_for = is_deepspeed_zero3_enabled() and is_distributed and torch.distributed.get_world_size() > 1
     with torch.no_grad():
         separate = _score_rows(model, fused, kwargs).log_probs
         try:
@@ -166,10 +174,12 @@ def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, A
             scored = (kwargs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
             difference = float((separate - packed).abs().sum() / scored)
         except (RuntimeError, ValueError, TypeError) as error:
+            if waited_for or isinstance(error, torch.OutOfMemoryError):
+                raise
             log.info("prompts are read twice: %s", error)
             difference = math.inf
     worst = torch.tensor(math.inf if math.isnan(difference) else difference, device=separate.device)
-    if torch.distributed.is_initialized():
+    if is_distributed:
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
     exact = float(worst) < _TOLERANCES.get(model.dtype, _TOLERANCE)
     if not exact:

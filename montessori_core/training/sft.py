@@ -57,7 +57,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
         data = Dataset.from_dict(
             {"input_ids": [example.input_ids for example in padded], "labels": [example.labels for example in padded]}
         )
-        arguments = SFTConfig(
+        arguments = SFTConfig(  # before the model: ZeRO-3 partitions weights as they load
             **training_arguments(recipe, settings.zero, settings.seed, checkpoints),
             max_length=settings.max_length,
             packing=False,

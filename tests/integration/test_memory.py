@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from montessori_core.config import Lora
+from montessori_core.config import Lora, read_experiment
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, ResidentStudent
 from montessori_core.influence.losses import make_batch
@@ -19,10 +19,10 @@ from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.load import load_model, with_lora
-from montessori_core.models.shape import GB, Shape
-from montessori_core.training.memory import plan_update
+from montessori_core.models.shape import GB, USABLE, Shape
+from montessori_core.training.memory import BUCKET, plan_update
 from montessori_core.training.moments import cold_moments
-from support import ROOT
+from support import CONFIGS, ROOT
 from support.runs import invoke
 
 LLAMA_3_8B = Shape(
@@ -263,10 +263,29 @@ def test_plan_command_reads_an_adapter(smollm2: Path, tmp_path: Path) -> None:
         assert "--lora-rank 4: adapter is an adapter of rank 64, which is trained further" in " ".join(output.split())
 
 
-def test_8b_teacher_needs_an_adapter_on_80_gb() -> None:
+def test_8b_teacher_needs_offload_or_adapter_on_80_gb() -> None:
     """All weights need 20 bytes each, over two GPUs 10; with an adapter one GPU is enough."""
-    adapter = replace(LLAMA_3_8B, trained=42_000_000)
+    adapter = replace(LLAMA_3_8B, trained=42_000_000, largest=16 * 14_336)
     assert plan_update(LLAMA_3_8B, 3, 2, 4096).total > 80 * GB > 1.5 * plan_update(adapter, 2, 1, 4096).total
+    for name in ("paper-8b", "paper-1b"):
+        preset = read_experiment(CONFIGS / f"{name}.yaml")
+        jobs, tokens = preset.cluster.resources.teacher_update, 2 * preset.teacher_update.max_length
+        offload = preset.zero.offload == "optimizer"
+        plan = plan_update(LLAMA_3_8B, preset.zero.stage, jobs.processes_per_node, tokens, offload=offload)
+        assert plan.total < USABLE * 80 * GB
+        assert jobs.memory_gb is not None
+        assert jobs.memory_gb > 20 * LLAMA_3_8B.trained / GB  # optimizer and gradients, 16 bytes, and weights to save
+
+
+def test_plan_counts_buckets_and_temporaries() -> None:
+    """The embedding, 525e6 elements, is reduced alone: its gradient in bf16, and copied to fp32."""
+    whole, small = (plan_update(replace(LLAMA_3_8B, largest=size), 2, 2, 4096) for size in (LLAMA_3_8B.largest, 10**6))
+    assert whole.buckets - 4 * BUCKET == 6 * 128_256 * 4096
+    assert small.buckets == 10 * BUCKET
+    assert whole.temporary == pytest.approx(4 * 8.03e9 / 2, rel=0.001)
+    offloaded = plan_update(LLAMA_3_8B, 2, 2, 4096, offload=True)
+    assert (offloaded.optimizer, offloaded.buckets) == (0, whole.buckets)
+    assert offloaded.temporary < 4 * GB
 
 
 def test_weights_in_four_bits_take_a_quarter() -> None:

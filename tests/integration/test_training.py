@@ -242,6 +242,7 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
         pytest.param(1, 1, "none", marks=pytest.mark.slow),
         pytest.param(3, 1, "none", marks=pytest.mark.slow),
         pytest.param(3, 2, "none", marks=pytest.mark.slow),
+        pytest.param(3, 2, "optimizer", marks=pytest.mark.slow),
         pytest.param(2, 1, "optimizer", marks=pytest.mark.slow),
     ],
 )
@@ -263,6 +264,16 @@ def test_training_equals_torch_at_every_zero_stage(
         assert (trained[name] - weight).abs().max() <= 1e-3 * moved, name
         torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
         torch.testing.assert_close(kept.second[name], moments.second[name], rtol=1e-3, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_larger_than_bucket_are_reduced(tiny_llama: Path, expected: Any, tmp_path: Path, stage: int) -> None:
+    program = replace(programs.SFT, entry="support.zero:open_sft_in_small_buckets")
+    part = sft(tmp_path / "stage", tiny_llama, stage, 2, program=program)
+    first = load_moments(part).first
+    for name, moment in expected[1].first.items():
+        torch.testing.assert_close(first[name], moment, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -579,6 +590,29 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path, loss:
         assert [one[name] for one in log] == pytest.approx([one[name] for one in expected], rel=1e-3, abs=1e-5)
     for name, weight in alone.items():
         assert (together[name] - weight).abs().max() <= 1e-3 * (weight - start[name]).abs().max(), name
+
+
+def test_zero_3_partitions_teacher_while_loading(tiny_llama: Path, tmp_path: Path) -> None:
+    """Otherwise each process holds all weights in fp32 before the training starts."""
+    program = replace(programs.DPO, entry="support.zero:open_dpo")
+    settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), 3)
+    execute(tmp_path / "stage", program, settings, tiny_llama, PAIRS[:2], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_zero_3_fails_if_one_rank_cannot_pack_pairs(tiny_llama: Path, tmp_path: Path) -> None:
+    """The other rank waits for it in ZeRO-3's all-gather, and would wait for ever if it went on."""
+    program = replace(programs.DPO, entry="support.zero:open_dpo_with_failing_rank")
+    settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), 3)
+    with pytest.raises(ShardsFailed, match="rank 1 alone"):
+        execute(tmp_path / "stage", program, settings, tiny_llama, PAIRS[:2], 2)
+
+
+@pytest.mark.slow
+def test_zero_3_partitions_student_while_loading(tiny_llama: Path, tmp_path: Path) -> None:
+    program = replace(programs.SFT, entry="support.zero:open_sft")
+    sft(tmp_path / "stage", tiny_llama, 3, 1, program=program)
 
 
 def _write_full(folder: Path, tiny_llama: Path) -> Path:

@@ -66,6 +66,18 @@ def test_other_time_limit_is_refused(text: str) -> None:
         parse(Cluster, content, "test")
 
 
+@pytest.mark.parametrize("stage", ["training", "teacher_update"])
+def test_training_without_gpu_for_each_process_is_refused(stage: str) -> None:
+    """NCCL refuses two processes on a GPU, after the job has waited in the queue."""
+    for resources in ({"processes_per_node": 4}, {"processes_per_node": 4, "gpus_per_node": 4}):
+        parse(Cluster, {"resources": {stage: resources}}, "test")
+    with pytest.raises(
+        ConfigError, match=rf"{stage}.processes_per_node \(4\) is more than {stage}.gpus_per_node \(2\).*; set"
+    ):
+        parse(Cluster, {"resources": {stage: {"processes_per_node": 4, "gpus_per_node": 2}}}, "test")
+    parse(Cluster, {"resources": {"generation": {"processes_per_node": 4, "gpus_per_node": 2}}}, "test")
+
+
 GPUS, MEMORY = {"training": {"gpus_per_node": 4}}, {"training": {"memory_gb": 8}}
 
 

@@ -418,6 +418,8 @@ def test_method_settings_exclude_resources_and_name() -> None:
         MINIMAL | {"name": "other", "iterations": 3, "cluster": {"resources": {"influence": {"parallel_jobs": 9}}}}, "b"
     )
     assert plain.identity() == moved.identity()
+    offloaded = parse_experiment(MINIMAL | {"zero": {"offload": "optimizer"}}, "b")
+    assert plain.identity() == offloaded.identity()
     changed = parse_experiment(MINIMAL | {"warmup": {"examples": 7}}, "c")
     assert differences(plain.identity(), changed.identity()) == ["warmup.examples: 1000 -> 7"]
 

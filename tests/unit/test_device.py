@@ -10,6 +10,7 @@ import torch
 
 from montessori_core.errors import UserError
 from montessori_core.models.device import check_memory
+from montessori_core.training.engine import take_gpu
 from support import ROOT
 
 PROGRAM = """
@@ -55,3 +56,14 @@ def test_work_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPat
         UserError, match="the work keeps 13 GB on the GPU, 13 bytes a trained weight, and the GPU has 12 GB"
     ):
         check_memory(model, 13, "the work")
+
+
+@pytest.mark.parametrize(("visible", "rank", "number"), [(8, 3, 3), (1, 3, 0)], ids=["GPUs of the job", "own GPU"])
+def test_training_takes_visible_gpu(visible: int, rank: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes the GPU of the number LOCAL_RANK."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    take_gpu()
+    assert [int(os.environ["LOCAL_RANK"])] == taken == [number]

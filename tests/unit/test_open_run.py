@@ -14,6 +14,7 @@ from flows.cli.options import on_cluster
 from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
+from montessori_core.models.shape import USABLE
 from support import CONFIGS
 from tasks.run import open_run, reopen_run
 
@@ -203,6 +204,42 @@ def test_refusal_of_changed_settings_names_the_remedy(
     with pytest.raises(UserError, match=rf"(?s){remedy}") as refusal:
         open_run(after, tmp_path / place)
     assert "warmup.examples: 64 -> 65\nOf the method's settings, only preferences" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("resources", "sections", "warned"),
+    [
+        ({"training": {"gpus_per_node": 1}}, {}, ["teacher_update", "training"]),
+        ({"teacher_update": {"gpus_per_node": 1}}, {}, ["teacher_update"]),
+        ({"generation": {"gpus_per_node": 1}}, {}, []),
+        ({"training": {"gpus_per_node": 1}}, {"zero": {"offload": "optimizer"}}, []),
+        ({"training": {"gpus_per_node": 1}}, {"teacher_update": {"lora": {}}}, ["training"]),
+    ],
+    ids=["all trainings", "teacher update", "no training", "offload", "adapter"],
+)
+def test_open_run_warns_of_trainings_larger_than_gpus(
+    resources: dict[str, Any],
+    sections: dict[str, Any],
+    warned: list[str],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tiny Llama's training takes 508 MB, most of them buckets; 503 MB without the optimizer."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("tasks.memory_check._GPU_MEMORY", 505e6 / USABLE)
+    warnings = warnings_of(tmp_path, tiny_llama, cluster={"resources": resources}, **sections)
+    needs = [warning for warning in warnings if "on each GPU" in warning]
+    assert [warning.partition(" ")[0] for warning in needs] == warned
+
+
+def test_offload_may_change_in_started_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """It is the remedy for a training that ran out of memory."""
+    plain = warnings_of(tmp_path, tiny_llama, zero={"stage": 3})
+    assert warnings_of(tmp_path, tiny_llama, zero={"stage": 3, "offload": "optimizer"}) == plain
+    assert reopen_run(tmp_path / "run").experiment.zero.offload == "optimizer"
+    with pytest.raises(UserError, match="zero.stage: 3 -> 2"):
+        warnings_of(tmp_path, tiny_llama, zero={"stage": 2})
 
 
 @pytest.mark.parametrize("preferences", [{}, {"max_pairs": 3}])

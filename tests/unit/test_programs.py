@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Resources
-from montessori_core.files import hash_path
+from montessori_core.config import Resources, TeacherUpdate, Warmup, Zero
+from montessori_core.files import hash_json, hash_path
 from montessori_core.program import Program, load
 from support import squares
 from support.logged_programs import ADDING, DOUBLING, LogSettings
@@ -91,6 +91,24 @@ def test_new_option_changes_key_if_on() -> None:
     assert key(WithOption()) == key(Settings())
     assert key(WithOption(option=1)) != key(Settings())
     assert key(Settings(variables={"one": None})) != key(Settings())
+
+
+@pytest.mark.parametrize("program", [programs.SFT, programs.DPO], ids=["sft", "dpo"])
+def test_key_excludes_offload(program: Program[Any]) -> None:
+    """A training that ran out of memory continues its run with `zero.offload`, and finished ones are kept."""
+    given = {"sft": {"max_length": 64, "save_moments": True}, "dpo": {"prompt_style": "chat"}}[program.name]
+    recipe = {"sft": Warmup().shared(), "dpo": TeacherUpdate()}[program.name]
+
+    def stage(**zero: Any) -> Stage:
+        settings = program.settings(**given, recipe=recipe, zero=Zero(**zero), seed=0)
+        return Stage.of(program, settings, Path("stage"), {}, {})
+
+    table = pa.table({"n": [1]})
+    plain, offloaded = stage(stage=3), stage(stage=3, offload="optimizer")
+    content = [plain.program, plain.version, plain.settings, {}, table.to_pydict()]
+    assert offloaded.key(table) == plain.key(table) == hash_json(content)  # as before keys excluded it
+    assert offloaded.settings["zero"]["offload"] == "optimizer"
+    assert stage(stage=2).key(table) != plain.key(table)
 
 
 def test_declared_programs_have_unique_names() -> None:

@@ -117,6 +117,26 @@ def test_pairs_read_prompt_once_if_masks_allow(kind: str, reads: int) -> None:
     assert rows == [reads]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no such mask"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_only_unsupported_masks_are_read_twice(error: RuntimeError) -> None:
+    """A process that ran out of memory must end: others may wait for it."""
+    model = make("tied")
+    speed_up_scoring(model, pairs=True)
+
+    def refuse(module: Any, args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            raise error
+
+    model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            scores(model, pairs())
+    else:
+        expected, _ = scores(make("tied"), pairs())
+        assert torch.allclose(scores(model, pairs())[0].log_probs, expected.log_probs, atol=1e-5)
+
+
 def test_packed_rows_have_prompt_and_two_outputs() -> None:
     batch = pairs((3,), (2, 4))
     packed = pack_pairs(**batch, dtype=torch.float32)

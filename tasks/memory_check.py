@@ -1,0 +1,50 @@
+"""Warn of trainings that need more memory than GPUs have, before the first job. Works without torch, for the driver."""
+
+import math
+from pathlib import Path
+
+from montessori_core.config import Experiment
+from montessori_core.models.fingerprints import weight_shapes
+from montessori_core.models.shape import GB, USABLE, Shape
+from montessori_core.training.memory import plan_update
+
+_GPU_MEMORY = 80 * GB
+"""What is assumed of the nodes' GPUs, as by `montessori plan`; the configuration does not say it."""
+
+
+def memory_warnings(experiment: Experiment, teacher: Path, student: Path) -> list[str]:
+    """Return a warning for each training of all weights whose tensors, activations apart, fill more than a GPU.
+
+    Args:
+        experiment: the configuration.
+        teacher, student: folders of the models.
+    """
+    zero, resources = experiment.zero, experiment.cluster.resources
+    trainings = {
+        "teacher_update": (teacher, resources.teacher_update, "teacher_update.lora", experiment.teacher_update.lora),
+        "training": (student, resources.training, "student.lora", experiment.student.lora),
+    }
+    warnings = []
+    for section, (model, jobs, setting, adapter) in trainings.items():
+        if not jobs.gpus_per_node or adapter is not None or zero.offload == "all":
+            continue
+        sizes = [math.prod(shape) for shape in weight_shapes(model).values()]
+        processes, stage = jobs.nodes * jobs.processes_per_node, max(zero.stage, 1)
+        plan = plan_update(_without_layers(sum(sizes), max(sizes)), stage, processes, 0, None, zero.offload != "none")
+        if plan.total > USABLE * _GPU_MEMORY:
+            warnings.append(
+                f"{section} needs more than {plan.total / GB:.0f} GB on each GPU (all weights, zero.stage: {zero.stage}, "
+                f"zero.offload: {zero.offload}, processes: {processes}); if the GPUs have less, set zero.stage: 3 and "
+                f"zero.offload: optimizer, or train an adapter ({setting})"
+            )
+    return warnings
+
+
+def _without_layers(parameters: int, largest: int) -> Shape:
+    """Return the shape of a model whose weights alone are known, for a plan without activations. All are trained."""
+    return Shape(
+        parameters=parameters,
+        trained=parameters,
+        largest=largest,
+        **dict.fromkeys(("layers", "hidden", "intermediate", "vocabulary", "looked_up", "linear", "token_rows"), 0),
+    )
