@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from montessori_core.errors import UserError
 from montessori_core.models import flops
@@ -162,24 +161,22 @@ def _check_head(model: Any, fused: Callable[..., Any], ids: torch.Tensor) -> Non
 def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Return whether packed pairs have the same log-probabilities in all processes.
 
-    A model that refuses packed pairs reads prompts twice. A process that ran out of memory ends; under ZeRO-3 so does one
-    with any error, since the others wait for its part of the weights.
+    A model that refuses packed pairs, in every process, reads prompts twice. A process whose GPU fails or is full ends:
+    under ZeRO-3 the others wait for its part of the weights.
     """
-    is_distributed = torch.distributed.is_initialized()
-    waited_for = is_deepspeed_zero3_enabled() and is_distributed and torch.distributed.get_world_size() > 1
     with torch.no_grad():
         separate = _score_rows(model, fused, kwargs).log_probs
         try:
             packed = _score_packed(model, fused, kwargs).log_probs
             scored = (kwargs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
             difference = float((separate - packed).abs().sum() / scored)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except (RuntimeError, ValueError, TypeError) as error:
-            if waited_for or isinstance(error, torch.OutOfMemoryError):
-                raise
             log.info("prompts are read twice: %s", error)
             difference = math.inf
     worst = torch.tensor(math.inf if math.isnan(difference) else difference, device=separate.device)
-    if is_distributed:
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
     exact = float(worst) < _TOLERANCES.get(model.dtype, _TOLERANCE)
     if not exact:

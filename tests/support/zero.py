@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from montessori_core import programs
 from montessori_core.program import Compute
 from montessori_core.training import dpo, engine, scoring, sft
@@ -45,7 +47,7 @@ def open_dpo_with_failing_rank(settings: programs.Dpo, inputs: Mapping[str, Path
 
     def score_packed(*args: Any) -> Any:
         if os.environ["RANK"] == "1":
-            raise RuntimeError("rank 1 alone")
+            raise torch.OutOfMemoryError("rank 1 alone")
         return score(*args)
 
     scoring._score_packed = score_packed
