@@ -26,6 +26,14 @@ Compute = Callable[[list[RowT], Path, Report], None]
 """Computes a shard's rows and writes the result, a file or a folder, to a path that does not exist yet."""
 
 
+class NotOpened(Exception):
+    """What every shard needs did not load: of a program that loads it at its first rows, when it is open."""
+
+
+class ProcessLost(Exception):
+    """A process that a program had started ended without an error of its own: killed, or with its node's GPU."""
+
+
 class Recorder(Protocol):
     """Records the results of a shard's rows, in any order; they are committed every 30 seconds.
 
