@@ -27,11 +27,11 @@ Compute = Callable[[list[RowT], Path, Report], None]
 
 
 class NotOpened(Exception):
-    """What every shard needs did not load: of a program that loads it at its first rows, when it is open."""
+    """A program that loads its model at its first rows did not load it, so that it computes no shard here."""
 
 
 class ProcessLost(Exception):
-    """A process that a program had started ended without an error of its own: killed, or with its node's GPU."""
+    """A process that a program had started has ended, and the program does not know why: it may have been killed."""
 
 
 class Recorder(Protocol):
