@@ -158,8 +158,9 @@ def classify_error(error: BaseException) -> str:
         return "file_system"
     if type(error).__name__ == "UncompletedJobError" or _is_requeue_failure(error):
         return "time_limit"  # submitit raises it when a job was requeued too often
-    lost = isinstance(error, ProcessLost) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    if lost or (at_runtime and any(sign in text for sign in _LOST_PEER + _BROKEN_GPU)):
+    peer_lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "EngineDeadError")
+    lost_or_broken = at_runtime and any(sign in text for sign in _LOST_PEER + _BROKEN_GPU)
+    if isinstance(error, ProcessLost) or peer_lost or lost_or_broken:
         return "lost"  # another process of the job died without an error of its own, or the node cannot compute
     return "code_error"
 

@@ -83,6 +83,7 @@ def test_classify_error_of_late_loading_is_that_of_its_cause() -> None:
     for cause, kind in (
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost"),
         (ProcessLost("a copy of the model ended without an error"), "lost"),
+        (type("EngineDeadError", (Exception,), {})("EngineCore encountered an issue"), "lost"),  # as vLLM's
         (OSError(errno.ESTALE, "Stale file handle"), "file_system"),
         (UserError("vLLM has no such option"), "code_error"),
     ):
