@@ -20,7 +20,7 @@ from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import driven_folder
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
-from cluster.retry import NOT_RETRIED, REMEDIES, Losses, NodeLosses, allowed_retries, classify_loss
+from cluster.retry import NOT_RETRIED, OF_NODES_AT_OPENING, REMEDIES, Losses, NodeLosses, allowed_retries, classify_loss
 from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
@@ -294,7 +294,7 @@ class _Driver:
                 first, reported = index, failure
         kind, reason, opening = reported.kind, reported.error, reported.opening
         node = self._stage.node_of(job_id)
-        if kind == "code_error" and opening and self._opens_elsewhere(node):
+        if kind in OF_NODES_AT_OPENING and opening and self._opens_elsewhere(node):
             kind = "lost"
         if kind in NOT_RETRIED:
             # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.

@@ -66,7 +66,7 @@ class DraftRows(Record):
 
 
 class Failure(Record):
-    """Why a shard failed; `opening` is true if the program failed to open."""
+    """Why a shard failed; `opening` is true if the program failed to open, or to load at its first rows."""
 
     job_id: str
     attempt: str

@@ -6,7 +6,14 @@ from collections.abc import Set
 log = logging.getLogger(__name__)
 
 _NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that do not count against a shard that advances
-NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
+NOT_RETRIED = {
+    "code_error": "",
+    "disk_full": "",
+    "gpu_out_of_memory": "; use more processes in a job, or a run of another name with fewer tokens at a time "
+    "(micro_batch_size, max_length, influence.reference_batch_tokens) or with zero.offload; see `montessori plan`",
+}
+"""Classes that a job reports, with a remedy that it adds to the error; a retry would fail again."""
+OF_NODES_AT_OPENING = ("code_error", "gpu_out_of_memory")  # a library is missing there, or its GPU is smaller or in use
 _OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
 REMEDIES = {
     "file_system": "; check the mounts of these nodes and their file servers",

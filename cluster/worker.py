@@ -22,15 +22,22 @@ from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.processes import seconds_since, start_time
 from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
+from cluster.retry import NOT_RETRIED
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
 from montessori_core.environment import set_process_defaults
 from montessori_core.files import write_json
-from montessori_core.program import Compute, Row, RowProgram, open_program
+from montessori_core.program import Compute, NotOpened, ProcessLost, Row, RowProgram, open_program
 
 log = logging.getLogger(__name__)
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "'EngineCore': -9",  # vLLM's, killed while it loads
+)
 _BROKEN_GPU = (
     "uncorrectable ECC error",
     "uncorrectable NVLink error",
@@ -41,6 +48,13 @@ _BROKEN_GPU = (
     "system not yet initialized",
 )
 """Errors that tell of a node's GPU or driver. An error of a kernel, such as a device-side assert, tells of the code."""
+_FULL_GPU = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+_FULL_HOST = "DefaultCPUAllocator: can't allocate memory"  # torch has no type for it
 _SPINS = "1000"
 """How often a waiting thread of torch looks for the others before it sleeps. By libgomp's default, 300,000, threads spin for
 milliseconds, and where other processes use the cores, too, a job takes five to ten times as long."""
@@ -103,12 +117,13 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
             _compute_shard(stage, index, key, rows.to_pylist(), opened, environment, opening)
         except Exception as error:
             on_node = is_full(error) and node_is_full(stage.folder)
+            kind = "lost" if on_node else classify_error(error)
             failure = {
                 "job_id": environment.job_id,
                 "attempt": _attempt(),
-                "class": "lost" if on_node else classify_error(error),
-                "opening": opened is None,
-                "error": f"{type(error).__name__}: {error}",
+                "class": kind,
+                "opening": opened is None or isinstance(error, NotOpened),
+                "error": f"{type(error).__name__}: {error}{NOT_RETRIED.get(kind, '')}",
                 "traceback": traceback.format_exc(),
             }
             # Of several processes, the first failure is the cause: the others only lose their connection.
@@ -128,9 +143,14 @@ def _attempt() -> str:
     return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
-def classify_error(error: Exception) -> str:
+def classify_error(error: BaseException) -> str:
     """Return the class of a failure that the job itself caught."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, NotOpened) and error.__cause__ is not None:
+        return classify_error(error.__cause__)
+    text, at_runtime = str(error), isinstance(error, RuntimeError)
+    if type(error).__name__ == "OutOfMemoryError" or (at_runtime and any(sign in text for sign in _FULL_GPU)):
+        return "gpu_out_of_memory"
+    if isinstance(error, MemoryError) or (at_runtime and _FULL_HOST in text):
         return "out_of_memory"
     if is_full(error):
         return "disk_full"
@@ -138,15 +158,14 @@ def classify_error(error: Exception) -> str:
         return "file_system"
     if type(error).__name__ == "UncompletedJobError" or _is_requeue_failure(error):
         return "time_limit"  # submitit raises it when a job was requeued too often
-    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    if distributed or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER + _BROKEN_GPU)
-    ):
+    peer_lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "EngineDeadError")
+    lost_or_broken = at_runtime and any(sign in text for sign in _LOST_PEER + _BROKEN_GPU)
+    if isinstance(error, ProcessLost) or peer_lost or lost_or_broken:
         return "lost"  # another process of the job died without an error of its own, or the node cannot compute
     return "code_error"
 
 
-def _is_requeue_failure(error: Exception) -> bool:
+def _is_requeue_failure(error: BaseException) -> bool:
     """Return whether submitit could not requeue this job at its time limit, in the middle of its computation.
 
     A container may have no scontrol, and a controller may be down.

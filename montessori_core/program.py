@@ -26,6 +26,14 @@ Compute = Callable[[list[RowT], Path, Report], None]
 """Computes a shard's rows and writes the result, a file or a folder, to a path that does not exist yet."""
 
 
+class NotOpened(Exception):
+    """A program that loads its model at its first rows did not load it, so that it computes no shard here."""
+
+
+class ProcessLost(Exception):
+    """A process that a program had started has ended, and the program does not know why: it may have been killed."""
+
+
 class Recorder(Protocol):
     """Records the results of a shard's rows, in any order; they are committed every 30 seconds.
 

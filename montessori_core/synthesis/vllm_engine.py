@@ -24,6 +24,7 @@ from montessori_core.models.fetch import fetch_model, full_model
 from montessori_core.models.positions import positions_of
 from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
+from montessori_core.program import NotOpened
 from montessori_core.synthesis.engine import Progress, Request, Step
 from montessori_core.synthesis.vllm_copies import ModelCopies, ModelCopy, Work
 from montessori_core.synthesis.vllm_parallelism import ModelSize, choose_length, choose_parallelism
@@ -81,6 +82,8 @@ class VllmEngine:
 
         Raises:
             UserError: a prompt is too long for `cluster.vllm.max_model_len`.
+            NotOpened: vLLM does not load the model.
+            ProcessLost: a process of vLLM has ended.
         """
         if not requests:
             return
@@ -107,10 +110,17 @@ class VllmEngine:
         if self._copies is not None:
             self._copies.close()
         arguments, self._length = {**self._arguments, "max_model_len": length}, length
-        if self._parallelism.data > 1:
-            self._copies = ModelCopies(arguments, self._adapter, self._parallelism)
-        else:
-            self._copies = ModelCopy(arguments, self._adapter)
+        try:
+            if self._parallelism.data > 1:
+                self._copies = ModelCopies(arguments, self._adapter, self._parallelism)
+            else:
+                self._copies = ModelCopy(arguments, self._adapter)
+        except Exception as error:  # vLLM has errors of many types, and most causes are in its other processes
+            raise NotOpened(
+                f"vLLM does not load the model, with max_model_len {length}: {type(error).__name__}: {error}. The job's log "
+                "has the cause. If memory is short, lower cluster.vllm.max_model_len or raise gpus_per_node of generation in "
+                "cluster.resources"
+            ) from error
         return self._copies
 
 

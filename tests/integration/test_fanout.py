@@ -152,18 +152,48 @@ def test_program_that_fails_to_open_fails_once(folder: Path) -> None:
     assert len((folder / "opened.txt").read_text().split()) == 1
 
 
+def test_program_that_fails_to_load_late_fails_once(folder: Path) -> None:
+    """vLLM loads at the first requests."""
+    (folder / "opens-late").touch()
+    with pytest.raises(ShardsFailed, match="the engine does not load") as failure:
+        run(folder, jobs=1)
+    assert len(failure.value.failures) == 6
+    assert len(computed(folder)) == 1
+
+
 @pytest.mark.guarantee("program does not open on one node")
-def test_failed_opening_ends_no_stage_that_opened(folder: Path) -> None:
-    """A job of a node without some library, while others compute."""
-    broken = """if taken(folder / "broken"):
-        while not any((folder / "stage").glob("part-*.manifest.json")):
-            time.sleep(0.01)
-        raise ImportError("libcudnn.so.9")
-    if taken("""
-    (folder / "squares_program.py").write_text(PROGRAM.replace("if taken(", broken, 1))
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("if taken(", "ImportError('libcudnn.so.9')"),
+        ("if taken(", "OutOfMemoryError('CUDA out of memory')"),
+        ("for number", "NotOpened('vLLM did not load the model')"),
+    ],
+)
+def test_failed_opening_ends_no_stage_that_opened(folder: Path, place: str, error: str) -> None:
+    """A job of a node without some library, or whose GPU is smaller or in use, while others compute."""
+    wait = "while not any((folder / 'stage').glob('part-*.manifest.json')): time.sleep(0.01)"
+    lines = ["if taken(folder / 'broken'):", f"    {wait}", f"    raise {error}", place]
+    indented = "\n".ljust(1 + PROGRAM.partition(place)[0][::-1].index("\n"))
+    (folder / "squares_program.py").write_text(PROGRAM.replace(place, indented.join(lines), 1))
     (folder / "broken").touch()
     assert results(run(folder)) == EXPECTED
     assert sorted(computed(folder)) == NUMBERS
+
+
+@pytest.mark.guarantee("memory of a GPU runs out")
+def test_full_gpu_fails_only_its_shard(folder: Path) -> None:
+    """A second attempt would need as much."""
+    (folder / "gpu-21").touch()
+    with pytest.raises(ShardsFailed) as failure:
+        run(folder, jobs=1)
+    [failed] = failure.value.failures
+    assert (failed.shard, failed.kind) == (2, "gpu_out_of_memory")
+    assert "micro_batch_size" in failed.error
+    assert "memory_gb" not in failed.error
+    assert computed(folder).count(21) == 1
+    [recorded] = read_stage_status(folder / "stage", CLUSTER).failures  # for later status calls
+    assert (recorded.kind, recorded.error) == (failed.kind, failed.error)
 
 
 def test_memory_error_at_opening_is_retried(folder: Path) -> None:

@@ -99,6 +99,22 @@ def program(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+def test_generation_speed_leaves_gpu_to_vllm(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM forks, after which CUDA does not work if this process has initialised it, and takes the memory of the GPU."""
+    speed, asked = program("generation_speed", monkeypatch), list[bool]()
+    monkeypatch.setattr(sys, "argv", ["generation_speed", "--student", str(tiny_llama), "--rows", "2", "--tokens", "2"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(True))  # it initialises the driver
+    open_engine = speed.open_engine
+
+    def check_and_open(*arguments: Any) -> Any:
+        assert not asked
+        return open_engine(*arguments)
+
+    monkeypatch.setattr(speed, "open_engine", check_and_open)
+    monkeypatch.setattr(program("machine", monkeypatch), "timed", None)  # no copies in this process
+    speed.main()
+
+
 def test_most_wanted_students_come_first(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--estimators", "exact", "--references", "8"])
     steps = gpu.steps(gpu.parse_arguments())

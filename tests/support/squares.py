@@ -25,6 +25,10 @@ NUMBERS = [row["n"] for shard in SHARDS for row in shard]
 PROGRAM = """
 import json, os, signal, time
 from pathlib import Path
+from montessori_core.program import NotOpened
+
+class OutOfMemoryError(RuntimeError):  # as torch's
+    pass
 
 def taken(file):
     try:
@@ -49,6 +53,10 @@ def open_squares(settings, inputs):
                 os.kill(os.getpid(), signal.SIGKILL)
             if (folder / f"fail-{row['n']}").exists():
                 raise ValueError(f"row {row['n']} is bad")
+            if (folder / "opens-late").exists():
+                raise NotOpened("the engine does not load") from RuntimeError("see root cause above")
+            if (folder / f"gpu-{row['n']}").exists():
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             if taken(folder / f"peer-{row['n']}"):
                 raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
             if (folder / f"full-{row['n']}").exists():

@@ -1,5 +1,6 @@
 """Classes of the failures that a job catches itself."""
 
+import errno
 import os
 import re
 import subprocess
@@ -7,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from cluster.worker import classify_error
+from montessori_core.errors import UserError
+from montessori_core.program import NotOpened, ProcessLost
 from support import ROOT
 from support.slurm_lab import put_command
 
@@ -49,10 +53,42 @@ def test_classify_error_keeps_failed_commands_as_code_errors() -> None:
         ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized", "lost"),
         ("CUDA error: device-side assert triggered", "code_error"),
         ("CUDA error: an illegal memory access was encountered", "code_error"),
+        ("CUDA error: out of memory", "gpu_out_of_memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "gpu_out_of_memory"),
+        ("a copy of the model failed: OutOfMemoryError: CUDA out of memory. Tried to allocate", "gpu_out_of_memory"),
+        ("Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}", "lost"),
+        (
+            "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}",
+            "code_error",
+        ),
     ],
 )
 def test_classify_error_tells_broken_gpu_from_broken_code(message: str, kind: str) -> None:
     assert classify_error(RuntimeError(message)) == kind
+
+
+def test_classify_error_tells_host_from_gpu_memory() -> None:
+    assert (
+        classify_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")) == "gpu_out_of_memory"
+    )
+    assert classify_error(MemoryError()) == "out_of_memory"
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert classify_error(failure.value) == "out_of_memory"
+
+
+def test_classify_error_of_late_loading_is_that_of_its_cause() -> None:
+    failure = NotOpened("vLLM did not load the model")
+    assert classify_error(failure) == "code_error"
+    for cause, kind in (
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost"),
+        (ProcessLost("a copy of the model ended without an error"), "lost"),
+        (type("EngineDeadError", (Exception,), {})("EngineCore encountered an issue"), "lost"),  # as vLLM's
+        (OSError(errno.ESTALE, "Stale file handle"), "file_system"),
+        (UserError("vLLM has no such option"), "code_error"),
+    ):
+        failure.__cause__ = cause
+        assert classify_error(failure) == kind
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import pytest
 import torch
 
 from cluster.fanout import ShardsFailed, fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Endpoint, Lora, Resources, Sampling, Synthesis, Vllm
+from montessori_core.data.rows import Rows
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import GENERATION, MT_BENCH, read_table
 from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench_judge
@@ -24,7 +29,7 @@ from montessori_core.synthesis.prompts import CLOSE
 from support import ROOT, wait_until
 from support.generation import build_prompts
 from support.prefect_server import free_port
-from support.row_programs import as_compute, as_shards
+from support.row_programs import as_compute
 
 pytestmark = pytest.mark.slow  # vLLM has a separate environment
 
@@ -51,6 +56,7 @@ def generate(
     gpus: Vllm | None = None,
     options: dict[str, Any] | None = None,
     engine: Literal["vllm", "transformers"] = "vllm",
+    size: int | None = None,
 ) -> list[Row]:
     settings = programs.Generation(engine=engine, engine_options=options or {}, sampling=sampling, form="tagged")
     inputs = {"teacher": model}
@@ -58,9 +64,8 @@ def generate(
         inputs["vllm"] = folder.with_name("vllm.json")
         inputs["vllm"].write_text(gpus.model_dump_json())
     stage = Stage.of(programs.GENERATION, settings, folder, inputs, {})
-    (part,) = fan_out(stage, as_shards(rows), Resources(), Cluster(), python=python)
-    found: list[Row] = read_table(part, GENERATION).to_pylist()
-    return found
+    parts = fan_out(stage, Shards(Rows.of(rows), size or len(rows)), Resources(), Cluster(), python=python)
+    return [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
 
 
 def test_vllm_samples_depend_on_their_seeds(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
@@ -133,6 +138,46 @@ def test_copies_of_a_model_answer_all_requests(smollm2: Path, vllm_python: str, 
     assert log.count("'max_model_len': 1024") == 2
     with pytest.raises(ShardsFailed, match="engine_options.max_num_seq: vLLM .*did you mean 'max_num_seqs'"):
         generate(tmp_path / "wrong", smollm2, vllm_python, rows, sampling, gpus, {"max_num_seq": 4})
+
+
+def test_engine_that_does_not_load_ends_stage(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
+    """Its cache is too small. Another shard would load the model again, and fail."""
+    rows: list[Row] = [{"example_ids": [name], "turns": ["One, two,"], "seeds": [1]} for name in "abc"]
+    gpus, options = Vllm(data_parallel=2), {"num_gpu_blocks_override": 1}
+    with pytest.raises(ShardsFailed, match="vLLM does not load the model") as failure:
+        generate(tmp_path / "stage", smollm2, vllm_python, rows, Sampling(), gpus, options, size=1)
+    assert [(failed.shard, failed.kind) for failed in failure.value.failures] == [(n, "code_error") for n in range(3)]
+    assert "No available memory for the cache" in Path(failure.value.failures[0].log).read_text()  # vLLM's own error
+    assert len(list((tmp_path / "stage" / "jobs").rglob("*_log.err"))) == 1
+
+
+@pytest.mark.guarantee("process of vLLM is killed")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_generation_survives_killed_process_of_vllm(
+    smollm2: Path, vllm_python: str, tmp_path: Path, copies: int
+) -> None:
+    rows: list[Row] = [
+        {"example_ids": [f"{n}-{i}" for i in range(8)], "turns": ["One, two,"], "seeds": list(range(8))}
+        for n in range(4)
+    ]
+    engines = list[psutil.Process]()
+
+    def kill() -> None:
+        """Kill the engine, or a whole copy, once it generates."""
+        wait_until(lambda: any((tmp_path / "stage" / "progress").glob("*.json")), 300, pause=0.1)
+        log = "".join(file.read_text() for file in (tmp_path / "stage" / "jobs").rglob("*_log.*"))
+        [number, *_] = re.findall(r"EngineCore pid=(\d+)", log)
+        engines.append(psutil.Process(int(number)))
+        (engines[0].parent() if copies > 1 else engines[0]).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    sampling, gpus, options = Sampling(max_tokens=64), Vllm(data_parallel=copies), {"max_num_seqs": 4}
+    found = generate(tmp_path / "stage", smollm2, vllm_python, rows, sampling, gpus, options)
+    killer.join()
+    assert [row["example_id"] for row in found] == [name for row in rows for name in row["example_ids"]]
+    assert len(list((tmp_path / "stage" / "jobs").rglob("*_log.err"))) == 2
+    assert not any(engine.is_running() for engine in engines)
 
 
 def test_vllm_applies_an_adapter(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
