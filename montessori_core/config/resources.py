@@ -38,8 +38,8 @@ class Resources(Section):
         3,
         ge=0,
         description="Retries of a shard after its job was lost or timed out: twice as many after a node failure, ten times "
-        "as many after preemption, at most one after the job ran out of memory. After a preemption, a node failure or a time "
-        "limit, the count starts again if the shard has advanced since the last one.",
+        "as many after preemption, at most one after the job ran out of host memory. After a preemption, a node failure or a "
+        "time limit, the count starts again if the shard has advanced since the last one.",
     )
     exclude_node_after: int = Field(
         3,

@@ -109,6 +109,7 @@ class VllmEngine:
             return self._copies
         if self._copies is not None:
             self._copies.close()
+            self._copies = None
         arguments, self._length = {**self._arguments, "max_model_len": length}, length
         try:
             if self._parallelism.data > 1:
