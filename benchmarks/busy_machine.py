@@ -27,7 +27,7 @@ from montessori_core.models.rendering import render_prompt
 from montessori_core.synthesis.engine import Request
 from montessori_core.synthesis.generation import open_engine
 
-SPINS = ("", "10000", "1000", "100", "0")
+SPINS = ("", "3000", "1000")
 """Values of GOMP_SPINCOUNT; empty: as libgomp has it."""
 CPU = torch.device("cpu")
 

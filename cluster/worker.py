@@ -57,7 +57,7 @@ _FULL_GPU = (
 _FULL_HOST = "DefaultCPUAllocator: can't allocate memory"  # torch has no type for it
 _SPINS = "1000"
 """How often a waiting thread of torch looks for the others before it sleeps. By libgomp's default, 300,000, threads spin for
-milliseconds, and where other processes use the cores, too, a job takes five to ten times as long."""
+milliseconds, which slows a job down where other processes use the cores, too; see benchmarks/busy_machine.py."""
 
 
 def run_task(folder: str, indices: list[int], threads: int, gpus: int) -> None:
