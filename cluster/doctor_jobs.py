@@ -69,10 +69,13 @@ def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
         import torch
         from torch import distributed
 
+        from montessori_core.models.device import take_gpu
+
         cuda = torch.cuda.is_available()
+        if cuda:
+            take_gpu()
         distributed.init_process_group("nccl" if cuda else "gloo")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()) if cuda else "cpu"
-        ones = torch.ones(1, device=device)
+        ones = torch.ones(1, device="cuda" if cuda else "cpu")
         distributed.all_reduce(ones)
         output.write_text(json.dumps({"processes": distributed.get_world_size(), "sum": float(ones)}))
         distributed.destroy_process_group()

@@ -222,9 +222,14 @@ def _check_and_write(
     if experiment.cluster.profile == "slurm" and not run.finished:
         warnings += check_jobs(experiment.cluster, [] if experiment.asks_api else ["judging"])
     warnings += idle_gpus(experiment.cluster)
-    commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
+    recorded = read_json(folder / layout.MODEL_COMMITS) or {}
+    teacher, student = (
+        fetch_model(section.model, recorded.get(_name_of(section), section.revision))
+        for section in (experiment.teacher, experiment.student)
+    )
+    commits, templates = _check_models(experiment, teacher, student, recorded)
     if not run.finished:
-        warnings += memory_warnings(experiment, *_fetch_teacher_and_student(experiment, commits))
+        warnings += memory_warnings(experiment, teacher, student)
     if not opened_before:
         take_lock(folder, lock)
         if config.exists():
@@ -315,8 +320,10 @@ def idle_gpus(cluster: Cluster) -> list[str]:
     return []
 
 
-def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Fetch and check teacher and student.
+def _check_models(
+    experiment: Experiment, teacher: Path, student: Path, commits: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Check the folders of teacher and student, and fetch the models of filters.
 
     Returns:
         The commits of hub models, those in `commits` unchanged; configured chat templates, by role.
@@ -325,7 +332,6 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
         UserError: a model or chat template cannot be loaded, a model is an adapter that the training does not continue, or it
             has fewer positions than `max_length`.
     """
-    teacher, student = _fetch_teacher_and_student(experiment, commits)
     for folder in (teacher, student):
         check_weight_files(folder)
     check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
@@ -342,15 +348,6 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
         if (template := configured_template(model, section, _role(section))) is not None:
             templates[_role(section)] = template
     return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
-
-
-def _fetch_teacher_and_student(experiment: Experiment, commits: Mapping[str, str]) -> tuple[Path, Path]:
-    """Return the folders of both models, of the hub's in their commits."""
-    teacher, student = (
-        fetch_model(section.model, commits.get(_name_of(section), section.revision))
-        for section in (experiment.teacher, experiment.student)
-    )
-    return teacher, student
 
 
 def _role(section: Teacher | Student) -> str:

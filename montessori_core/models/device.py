@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from montessori_core.errors import UserError
+from montessori_core.models.shape import GB
 
 
 def check_gpus(wanted: int) -> None:
@@ -44,6 +45,16 @@ def compute_device() -> torch.device:
     return torch.device("cuda")
 
 
+def take_gpu() -> None:
+    """Make one of the GPUs that this process sees its own, for torch and for DeepSpeed, which reads LOCAL_RANK.
+
+    The scheduler may show each process all GPUs of the job on its node, or only one, which then is number 0.
+    """
+    number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.cuda.set_device(number)
+
+
 def check_memory(model: Any, bytes_per_weight: int, work: str) -> None:
     """Check that a GPU has memory for work that keeps so much of each trained weight there.
 
@@ -61,6 +72,6 @@ def check_memory(model: Any, bytes_per_weight: int, work: str) -> None:
     _, memory = torch.cuda.mem_get_info(model.device)
     if needed > memory:
         raise UserError(
-            f"{work} keeps {needed / 1e9:.0f} GB on the GPU, {bytes_per_weight} bytes a trained weight, and the GPU has "
-            f"{memory / 1e9:.0f} GB; use a GPU with more memory, a smaller student, or a LoRA student"
+            f"{work} keeps {needed / GB:.0f} GB on the GPU, {bytes_per_weight} bytes a trained weight, and the GPU has "
+            f"{memory / GB:.0f} GB; use a GPU with more memory, a smaller student, or a LoRA student"
         )

@@ -22,6 +22,7 @@ from montessori_core.config import Optimization, Zero
 from montessori_core.errors import UserError
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.models.adapters import is_adapter
+from montessori_core.models.device import take_gpu
 from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.models.rendering import end_tokens
@@ -53,16 +54,6 @@ def start_processes() -> None:
         take_gpu()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
-
-
-def take_gpu() -> None:
-    """Make one of the GPUs that this process sees its own, for torch and for DeepSpeed, which reads LOCAL_RANK.
-
-    The scheduler may show each process all GPUs of the job on its node, or only one, which then is number 0.
-    """
-    number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-    os.environ["LOCAL_RANK"] = str(number)
-    torch.cuda.set_device(number)
 
 
 def computes_in_bf16() -> bool:

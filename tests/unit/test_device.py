@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from montessori_core.errors import UserError
-from montessori_core.models.device import check_memory
-from montessori_core.training.engine import take_gpu
+from montessori_core.models.device import check_memory, take_gpu
 from support import ROOT
 
 PROGRAM = """
