@@ -29,7 +29,6 @@ _SLURM_TIMEOUT = 60.0  # seconds for a Slurm command
 _TRAINING_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
 _GENERATION_PACKAGES = ("vllm", "torch", "transformers", "pyarrow")
 _JUDGING_PACKAGES = ("openai", "pyarrow")
-_COMPILING = ("generation", "training", "teacher_update")  # stages whose jobs use Triton on GPUs: vLLM and TRL
 _JOB_REMEDY = (
     "is this folder on a shared file system, and does the Python that the configuration names exist on the nodes?"
 )
@@ -184,7 +183,10 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
             program="look-around",
             version=1,
             entry="cluster.doctor_jobs:open_node_report",
-            settings={"packages": {name: ranges.get(name, "") for name in packages}},
+            settings={
+                "packages": {name: ranges.get(name, "") for name in packages},
+                "compiler": needs_compiler(kind, resources),
+            },
             inputs={"token": token},
             input_hashes={},
             folder=scratch / kind,
@@ -212,6 +214,11 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
         f"{report['processes']} processes, sum {report['sum']:g}",
         _NETWORK_REMEDY,
     )
+
+
+def needs_compiler(kind: str, resources: Resources) -> bool:
+    """Return whether jobs of a stage compile kernels, which Triton does on GPUs for vLLM and TRL."""
+    return bool(resources.gpus_per_node) and kind in ("generation", "training", "teacher_update")
 
 
 def _of_test_job(resources: Resources, patience: float, nodes: int, processes: int) -> Resources:
@@ -264,7 +271,7 @@ def check_report(kind: str, report: dict[str, Any], token: str, resources: Resou
             f"torch sees {report['gpus']} of {resources.gpus_per_node}",
             "install torch's CUDA build for the nodes' driver, and check that jobs get their GPUs (gres, cgroups)",
         )
-    if resources.gpus_per_node and kind in _COMPILING:
+    if "compiler" in report:
         yield Finding(
             f"{kind} job: C compiler",
             report["cannot_compile"] is None,

@@ -19,7 +19,8 @@ from montessori_core.versions import misfit
 def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
     """Report host, versions, packages that fail to import or have the wrong version, GPUs, compiler, and the driver's token.
 
-    Settings: `packages` to import, with their ranges of versions. Inputs: `token`, a file that the driver wrote.
+    Settings: `packages` to import, with their ranges of versions; `compiler`, whether the stage needs one. Inputs: `token`, a
+    file that the driver wrote.
     """
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
@@ -43,7 +44,8 @@ def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) ->
             import torch
 
             node["gpus"] = torch.cuda.device_count()
-        node["compiler"], node["cannot_compile"] = _try_compiler()
+        if settings["compiler"]:
+            node["compiler"], node["cannot_compile"] = _try_compiler()
         output.write_text(json.dumps(node))
 
     return compute

@@ -32,6 +32,7 @@ class Description(Record):
     input_hashes: dict[str, str]
     suffix: str
     kind: str = ""
+    key_values: dict[str, dict[str, Any]] = {}
     rows: Annotated[int, Field(ge=0, lt=10**10)]
     rows_per_shard: Annotated[int, Field(ge=1, lt=10**10)]
     shards: Annotated[int, Field(ge=1, lt=10**7)]

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ class Stage:
         suffix: '.parquet' for a table, '' for a folder.
         kind: the section of cluster.resources that its jobs use; for display and forecasts.
         settings_type: `module:class` that validates the settings on a node; None passes them unchanged.
+        key_values: see `montessori_core.program.Program`.
     """
 
     program: str
@@ -111,6 +112,7 @@ class Stage:
     suffix: str = ".parquet"
     kind: str = ""
     settings_type: str | None = None
+    key_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -135,6 +137,7 @@ class Stage:
             program.suffix,
             program.kind,
             f"{program.settings.__module__}:{program.settings.__qualname__}",
+            program.key_values,
         )
 
     @property
@@ -147,9 +150,8 @@ class Stage:
 
         Equal rows have equal keys, whatever the order of their columns and the batches of the table.
         """
-        settings = dict(self.settings)
-        if "zero" in settings:  # offload only moves tensors
-            settings["zero"] = {**settings["zero"], "offload": "none"}
+        replaced = {section: {**self.settings[section], **values} for section, values in self.key_values.items()}
+        settings = {**self.settings, **replaced}
         return hash_json([self.program, self.version, settings, self.input_hashes, rows.to_pydict()])
 
     def part(self, index: int) -> Path:
@@ -229,6 +231,7 @@ class Stage:
             "settings": dict(self.settings),
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             "input_hashes": dict(self.input_hashes),
+            "key_values": {section: dict(values) for section, values in self.key_values.items()},
             "rows": len(shards.rows),
             "rows_per_shard": shards.size,
             "shards": len(shards),

@@ -18,12 +18,13 @@ from montessori_core.config import (
     Experiment,
     FolderName,
     Influence,
-    Section,
     StageResources,
     Student,
     Synthesis,
+    Used,
     parse_experiment,
     read_experiment,
+    without_unused,
     write_yaml,
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
@@ -48,7 +49,7 @@ from tasks.students import check_student, open_student
 
 RESULT = "evaluation.json"
 _NAME = "evaluation"
-_USED: Mapping[str, tuple[type[Section], tuple[str, ...]]] = {
+_USED: Used = {
     "": (
         Experiment,
         ("name", "seed", "student", "evaluation", "synthesis", "influence", "judge", "benchmarks", "cluster"),
@@ -112,22 +113,11 @@ def evaluated_experiment(content: Mapping[str, Any], model: str, name: str, sour
     Raises:
         ConfigError: a setting that is used is not valid, or there is no such setting.
     """
-    used = _without_unused(content)
+    used = without_unused(content, _USED)
     student = used.get("student", {})
     if isinstance(student, dict):
         student = {**student, "model": model}
     return parse_experiment({**used, "name": name, "teacher": {"model": model}, "student": student}, source)
-
-
-def _without_unused(content: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """Return a section of a configuration without the fields that an evaluation does not use; unknown fields are kept."""
-    kept: dict[str, Any] = {}
-    kind, used = _USED.get(section, (None, ()))
-    for name, value in content.items():
-        if kind is None or name in used or name not in kind.model_fields:
-            path = f"{section}.{name}".removeprefix(".")
-            kept[name] = _without_unused(value, path) if isinstance(value, dict) else value
-    return kept
 
 
 def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.lock import only_driver
-from montessori_core.config import Cluster, DataSource, Influence, Student
+from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.sources import Task, TaskReader, write_tasks
@@ -108,9 +108,17 @@ class Inputs:
 
     @property
     def adamw(self) -> dict[str, float]:
-        """AdamW's settings of the steps that left the moments; empty if there are none, or they do not say."""
+        """AdamW's betas, epsilon and weight decay of the steps that left the moments; empty if there are none."""
         moments = self.models.get("moments")
-        return moments_recipe(Path(moments.path)) if moments else {}
+        recipe = moments_recipe(Path(moments.path)) if moments else {}
+        return {name: value for name, value in recipe.items() if name != "learning_rate"}
+
+
+def step_rate(warm_state: Path | None) -> float:
+    """Return the learning rate of a step: the peak rate of the training that left the student's moments, or the default."""
+    if warm_state is None or not (warm_state / MOMENTS_FILE).exists():
+        return Warmup().learning_rate
+    return moments_recipe(warm_state).get("learning_rate", Warmup().learning_rate)
 
 
 def names_of_targets(measurement: Measurement) -> list[str]:

@@ -13,7 +13,7 @@ from cluster.lock import only_driver
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import DataSource, Experiment
+from montessori_core.config import DataSource, Experiment, StageResources, Used, parse_experiment, without_unused
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.origins import Origin, origin_of
 from montessori_core.data.rows import Rows, TrainingRow
@@ -31,6 +31,11 @@ from tasks.resume import record_command
 from tasks.run import check_environment, stage_of
 from tasks.students import check_student, open_student, sft_settings
 from tasks.tracking import show_problems, start_tracking, tracking_input
+
+_USED: Used = {
+    "": (Experiment, ("name", "seed", "student", "training", "zero", "tracking", "cluster")),
+    "cluster.resources": (StageResources, ("training",)),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,27 @@ class Trained:
 
     counts: Mapping[str, int]
     log: list[dict[str, Any]]
+
+
+def training_experiment(content: Mapping[str, Any], model: str, source: str) -> Experiment:
+    """Return the configuration of a student's training; only settings that it uses are checked.
+
+    Args:
+        content: a configuration as plain data.
+        model: folder or Hugging Face id of the student.
+        source: names the configuration in errors.
+
+    Raises:
+        ConfigError: a setting that is used is not valid, or there is no such setting.
+    """
+    used = {**without_unused(content, _USED), "teacher": {"model": model}}
+    cluster = used.pop("cluster", {})
+    recipe = parse_experiment(used, source).training
+    # The processes of a training also share the batches of a warm-up, and by default those of a teacher update.
+    used["warmup"] = recipe.model_dump(include={"batch_size", "micro_batch_size"})
+    if isinstance(cluster, dict) and isinstance(resources := cluster.get("resources", {}), dict):
+        cluster = {**cluster, "resources": {**resources, "teacher_update": {}}}
+    return parse_experiment({**used, "cluster": cluster}, source)
 
 
 def train_on_data(training: StudentTraining, output: Path, command: Sequence[str]) -> Trained:

@@ -8,6 +8,8 @@ from typing import Any, TypeGuard
 import numpy as np
 
 UNKNOWN = "–"
+JUDGED_BENCHMARKS = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}
+"""Displayed names of the benchmarks whose answers a model judges."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -138,6 +140,21 @@ def kind_text(row: dict[str, Any]) -> str:
 def spread_text(row: dict[str, Any]) -> str:
     """Write the spread of a row's gain over seeds; a single seed has none."""
     return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"
+
+
+def benchmark_name(benchmark: str) -> str:
+    """Return the displayed name of a benchmark, with the kind of judge prompts if it is judged."""
+    name, separator, against = benchmark.partition(" against ")
+    judged = name.removesuffix("_published")
+    if judged not in JUDGED_BENCHMARKS:
+        return benchmark
+    prompts = "own" if judged == name else "published"
+    return f"{JUDGED_BENCHMARKS[judged]} ({prompts} judge prompts){separator}{against}"
+
+
+def score_name(benchmark: str, metric: str) -> str:
+    """Return the displayed name of a benchmark's score."""
+    return f"{benchmark_name(benchmark)}: {metric.replace('_', ' ')}"
 
 
 def score_text(score: dict[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ returns the function that computes a shard. It knows neither the scheduler nor t
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -98,6 +98,7 @@ class Program(Generic[SettingsT]):
         rows: their type, a TypedDict of `montessori_core.data.rows`.
         kind: the section of `cluster.resources` that its jobs use.
         suffix: of a shard's result: '.parquet' for a table, '' for a folder.
+        key_values: settings that do not decide results, by section, with the values that keys have in their place.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Program(Generic[SettingsT]):
     rows: type
     kind: Kind
     suffix: str = ".parquet"
+    key_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def open_program(

@@ -218,14 +218,19 @@ class Harness(Section):
 
 
 _CORE = "montessori_core"
+_NO_OFFLOAD = {"zero": {"offload": "none"}}  # offload only moves tensors
 GENERATION = Program(
     "generation", 2, f"{_CORE}.synthesis.jobs:open_generation", Generation, rows.GenerationRow, "generation"
 )
 API_GENERATION = Program(
     "api-generation", 3, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
 )
-SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="")
-DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")
+SFT = Program(
+    "sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="", key_values=_NO_OFFLOAD
+)
+DPO = Program(
+    "dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="", key_values=_NO_OFFLOAD
+)
 INFLUENCE = Program(
     "influence", 4, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
 )

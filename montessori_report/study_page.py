@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from montessori_core import formatting
 from montessori_core.config import Study
 from montessori_core.data.tables import SIMILARITY, read_table
-from montessori_core.formatting import kind_text, score_text, spread_text
+from montessori_core.formatting import kind_text, score_name, score_text, spread_text
 from montessori_report.figures import (
     GREY,
     SYMBOLS,
@@ -28,7 +28,6 @@ from montessori_report.figures import (
     new_plot,
 )
 from montessori_report.html import Block, Page, Section, Table, build_page
-from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.cost import OPERATIONS
 from montessori_report.sections.learning import learning_section
 from montessori_report.sections.paper import paper_section
@@ -125,11 +124,7 @@ def _by_student(
 
 def _score_table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
     scores_by_method = [
-        {
-            f"{score_name(entry['benchmark'])}: {entry['metric'].replace('_', ' ')}": entry
-            for entry in row.get("scores", [])
-        }
-        for row in rows
+        {score_name(entry["benchmark"], entry["metric"]): entry for entry in row.get("scores", [])} for row in rows
     ]
     names = list(dict.fromkeys(name for scores in scores_by_method for name in scores))
     lines = [

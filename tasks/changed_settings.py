@@ -7,6 +7,7 @@ from montessori_core.config import Experiment, differences, read_experiment
 from tasks.resume import refusal_of_changes
 
 _FIRST_STAGES = {
+    "influence.": "influence of the probing set",
     "preferences.": "preference pairs",
     "teacher_update.": "teacher update",
     "comparison.teacher_checkpoints:": "teacher update",
@@ -15,6 +16,7 @@ _FIRST_STAGES = {
     "comparison.": "comparison",
 }
 """The first stage that each changeable setting affects, in the order of the stages."""
+_FIXED = ("influence.probing_examples:", "influence.later_probing_examples:")  # they decide what the teacher writes
 
 
 def changed_settings(before: Experiment, experiment: Experiment, config: Path) -> list[str]:
@@ -26,12 +28,15 @@ def changed_settings(before: Experiment, experiment: Experiment, config: Path) -
         config: the configuration file of the run.
 
     Raises:
-        UserError: a stage before the preference pairs depends on a changed setting.
+        UserError: a stage before the influence depends on a changed setting.
     """
     changed = differences_of_method(before, experiment)
-    fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
+    fixed = [line for line in changed if line.startswith(_FIXED) or not line.startswith(tuple(_FIRST_STAGES))]
     if fixed:
-        may_change = "Of the method's settings, only preferences, teacher_update, training and comparison may change."
+        may_change = (
+            "Of the method's settings, only influence (but for the numbers of probing examples), preferences, "
+            "teacher_update, training and comparison may change."
+        )
         if differences_of_method(before, read_experiment(config)):
             may_change += f" {config} was edited; its former settings are in {layout.OPENED} beside it."
         raise refusal_of_changes(config.parent, fixed, may_change)
@@ -48,10 +53,11 @@ def differences_of_method(before: Experiment, experiment: Experiment) -> list[st
 
 def first_stage(changed: list[str], experiment: Experiment) -> str:
     """Return the name of the first stage that must be computed again, for messages."""
-    if any(line.startswith("preferences.baseline:") for line in changed):
+    first = next(setting for setting in _FIRST_STAGES if any(line.startswith(setting) for line in changed))
+    if first == "preferences." and any(line.startswith("preferences.baseline:") for line in changed):
         # Exact influence is measured around the threshold of this baseline.
         if experiment.influence.sequential is not None:
-            return "influence of the probing set"
+            return _FIRST_STAGES["influence."]
         if experiment.influence.estimator == "screened":
             return "confirmation of influence near the threshold"
-    return next(stage for setting, stage in _FIRST_STAGES.items() if any(line.startswith(setting) for line in changed))
+    return _FIRST_STAGES[first]

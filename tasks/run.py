@@ -173,7 +173,7 @@ class Run:
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     """Create the folder of a run, or open it if the configuration matches; also return warnings.
 
-    Settings that affect only preference pairs and later stages may change: earlier stages keep their keys and results.
+    Settings that affect only influence and later stages may change: earlier stages keep their keys and results.
     Configuration, data, models and folder are checked here, before any job.
 
     Raises:
@@ -308,7 +308,13 @@ def check_environment(experiment: Experiment) -> None:
 
 
 def idle_gpus(cluster: Cluster) -> list[str]:
-    """Return a warning if jobs run on a machine whose GPUs none of them uses."""
+    """Return a warning if jobs run on a machine whose GPUs none of them uses, or influence does and evaluation does not."""
+    influence, evaluation = cluster.resources.influence, cluster.resources.evaluation
+    if influence.gpus_per_node and not evaluation.gpus_per_node:
+        return [
+            f"jobs of evaluation have no GPU and {evaluation.cpus_per_process} CPU cores, while those of influence have "
+            "GPUs; set cluster.resources.evaluation.gpus_per_node: 1, unless the student is small"
+        ]
     if cluster.profile != "local" or any(resources.gpus_per_node for _, resources in cluster.resources):
         return []
     with suppress(UserError):  # CUDA_VISIBLE_DEVICES names GPUs in a way that only jobs with GPUs must understand

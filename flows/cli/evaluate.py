@@ -15,14 +15,12 @@ from flows.cli.options import (
     ChatTemplateVariables,
     ClusterFile,
     names_options,
+    read_content,
     template_settings,
     warn,
 )
 from flows.cli.tables import print_evaluation
 from montessori_core import layout
-from montessori_core.config import read_cluster, read_yaml
-from montessori_core.config.yaml import apply_overrides
-from montessori_core.presets import find_configuration
 from tasks.resume import resume_command
 
 
@@ -57,11 +55,7 @@ def evaluate(
     run_name = name or _derive_name(model)
     settings = template_settings(chat_template, chat_template_kwargs)
     overrides = [*(set_ or []), *(f"student.{name}={json.dumps(value)}" for name, value in settings.items())]
-    content = read_yaml(find_configuration(config))
-    apply_overrides(content, tuple(overrides))
-    source = str(config)
-    if cluster is not None:
-        content["cluster"], source = read_cluster(cluster).model_dump(mode="json"), f"{config} with {cluster}"
+    content, source = read_content(config, overrides, cluster)
     experiment = evaluated_experiment(content, model, run_name, source)
     folder = run_root / experiment.name
     evaluation, warnings = open_evaluation(experiment, folder)

@@ -76,6 +76,7 @@ EstimatorName = Annotated[
     ),
 ]
 ScreenName = Annotated[str, typer.Option(help="What screened uses for all examples: first_order or linear.")]
+DEFAULT_RATE = "the peak rate that the --warm-state was trained with, or 5e-6"
 ExampleWeight = Annotated[float, typer.Option(help="Factor of the example's gradient in AdamW's step, e.g. 0.125.")]
 BaselineName = Annotated[
     str,
@@ -162,7 +163,9 @@ def influence(
     warm_state: WarmState = None,
     estimator: EstimatorName = "screened",
     screen: ScreenName = "first_order",
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the AdamW step.")] = 5e-6,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the AdamW step.", show_default=DEFAULT_RATE)
+    ] = None,
     example_weight: ExampleWeight = 1 / 32,
     weight_per: Annotated[str, typer.Option(help=WEIGHT_PER)] = "example",
     baseline: BaselineName = "student",
@@ -191,11 +194,11 @@ def influence(
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the table is a Parquet file; its name must end in .parquet")
     from flows.influence import measure_influence
-    from flows.measurement import Measurement, Store
+    from flows.measurement import Measurement, Store, step_rate
 
     options = {
         "estimator": estimator,
-        "learning_rate": learning_rate,
+        "learning_rate": step_rate(warm_state) if learning_rate is None else learning_rate,
         "example_weight": example_weight,
         "weight_per": weight_per,
         "reference_reduction": reference_reduction,

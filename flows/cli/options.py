@@ -19,8 +19,11 @@ from montessori_core.config import (
     parse_experiment,
     parse_yaml,
     read_cluster,
+    read_yaml,
 )
+from montessori_core.config.yaml import apply_overrides
 from montessori_core.errors import ConfigError, UserError
+from montessori_core.presets import find_configuration
 from tasks.run import Run
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
@@ -110,11 +113,29 @@ def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overr
     """
     if cluster is None:
         return experiment
+    _refuse_cluster_settings(overrides, cluster)
+    content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
+    return parse_experiment(content, f"{config} with {cluster}")
+
+
+def read_content(config: Path, overrides: Sequence[str], cluster: Path | None) -> tuple[dict[str, Any], str]:
+    """Read a configuration for a command that uses a part of it; also return its name for errors.
+
+    Raises:
+        UserError: a file cannot be read or is not YAML, the cluster file is not valid, or an override sets a part of it.
+    """
+    content = read_yaml(find_configuration(config))
+    apply_overrides(content, tuple(overrides))
+    if cluster is None:
+        return content, str(config)
+    _refuse_cluster_settings(overrides, cluster)
+    return content | {"cluster": read_cluster(cluster).model_dump(mode="json")}, f"{config} with {cluster}"
+
+
+def _refuse_cluster_settings(overrides: Sequence[str], cluster: Path) -> None:
     for override in overrides:
         if re.match(r"(experiment\.)?cluster\b", override):
             raise UserError(f"--set {override}: --cluster {cluster} replaces the section cluster; set it in that file")
-    content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
-    return parse_experiment(content, f"{config} with {cluster}")
 
 
 def data_source(text: str, option: str, **fields: str) -> DataSource:

@@ -13,7 +13,8 @@ from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, 
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_cluster, stage_folder, warn
 from flows.cli.tables import print_estimate, print_summary
-from montessori_core.config import read_experiment
+from montessori_core import layout
+from montessori_core.config import Experiment, read_experiment
 from montessori_core.errors import UserError
 from tasks.resume import STUDY, enter_directory, refuse_command_folder, resume_command, study_of
 from tasks.run import Run, open_run, reopen_run
@@ -22,18 +23,24 @@ from tasks.run import Run, open_run, reopen_run
 def run(
     config: Annotated[Path, typer.Argument(help="Configuration: a YAML file or a preset, e.g. quickstart.")],
     set_: Overrides = None,
-    run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    run_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that holds the runs.", show_default="runs; of RUN_DIR/config.yaml, that of RUN_DIR"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
     cluster: ClusterFile = None,
     as_job: SubmitDriver = False,
 ) -> None:
-    """Run an experiment. An existing run of the same name is resumed; finished work is not repeated."""
+    """Run an experiment. An existing run of the same name is resumed; finished work is not repeated.
+
+    RUN_DIR/config.yaml continues the run in RUN_DIR with changed settings (--set), unless --run-root or --name is given.
+    """
     # Quote the name: it may look like a date or a number.
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config, overrides)
     if as_job:
         check_driver_job(experiment)
-    folder = run_root / experiment.name
+    folder = _folder_of(experiment, config, run_root)
     refuse_other_work(folder.resolve())
     opened, warnings = open_run(experiment, folder)
     warn(warnings)
@@ -44,6 +51,16 @@ def run(
         print_estimate(opened.experiment, estimate_run(opened))
         warn(warn_of_run(opened))
     drive_run(opened, as_job)
+
+
+def _folder_of(experiment: Experiment, config: Path, run_root: Path | None) -> Path:
+    """Return the folder of a run; if it is the one that holds its configuration, go to the directory where it was started."""
+    begun = config.name == layout.CONFIG and (config.parent / layout.SOURCES).is_dir()
+    own = config.resolve().parent  # it may have been copied or renamed
+    if begun and run_root in (None, config.parent.parent) and experiment.name == read_experiment(config).name:
+        enter_directory(own)
+        return own
+    return (run_root or Path("runs")) / experiment.name
 
 
 def resume(

@@ -18,7 +18,16 @@ from flows.cli.options import warn
 from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.files import read_json
-from montessori_core.formatting import duration, gain_text, interval_text, kind_text, score_text, share, spread_text
+from montessori_core.formatting import (
+    duration,
+    gain_text,
+    interval_text,
+    kind_text,
+    score_name,
+    score_text,
+    share,
+    spread_text,
+)
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import describe_influence, influence_warnings, summarize_influence
 from montessori_core.models.shape import GB
@@ -109,7 +118,7 @@ def print_summary(run: Run) -> None:
         for score in metrics.get("scores", []):
             if score["mean"] is not None:
                 text = f"{score['mean']:.4f} {score['model']}"
-                scores.setdefault(_score_name(score), []).append(text)
+                scores.setdefault(score_name(score["benchmark"], score["metric"]), []).append(text)
         for name, texts in scores.items():
             table.add_row(name, ", ".join(texts))
         console.print(table)
@@ -198,7 +207,9 @@ def print_comparison(folder: Path) -> None:
 def _print_scores(title: str, rows: "Sequence[dict[str, Any]]") -> None:
     """Print a row per benchmark score and a column per method that has scores."""
     scores = {
-        row["method"]: {_score_name(entry): entry for entry in row["scores"]} for row in rows if row.get("scores")
+        row["method"]: {score_name(entry["benchmark"], entry["metric"]): entry for entry in row["scores"]}
+        for row in rows
+        if row.get("scores")
     }
     if not scores:
         return
@@ -206,10 +217,6 @@ def _print_scores(title: str, rows: "Sequence[dict[str, Any]]") -> None:
     for name in dict.fromkeys(name for of_method in scores.values() for name in of_method):
         table.add_row(name, *(score_text(of_method.get(name)) for of_method in scores.values()))
     console.print(table)
-
-
-def _score_name(score: "Mapping[str, Any]") -> str:
-    return f"{score['benchmark']}: {score['metric'].replace('_', ' ')}"
 
 
 def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:

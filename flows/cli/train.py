@@ -15,11 +15,10 @@ from flows.cli.options import (
     ClusterFile,
     data_source,
     names_options,
-    on_cluster,
+    read_content,
     template_settings,
     warn,
 )
-from montessori_core.config import read_experiment
 
 
 @names_options({"data": "DATA", **TEMPLATE_OPTIONS})
@@ -60,15 +59,16 @@ def train(
 
     To resume after an interruption, run the same command again; a finished training is not repeated.
     """
-    from flows.training import StudentTraining, train_on_data
+    from flows.training import StudentTraining, train_on_data, training_experiment
     from tasks.run import idle_gpus
 
-    source = data_source(data, "DATA")
+    examples = data_source(data, "DATA")
     settings = {"model": student, "revision": None, **template_settings(chat_template, chat_template_kwargs)}
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
-    experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config, set_ or ())
+    content, source = read_content(config, [*(set_ or []), *overrides], cluster)
+    experiment = training_experiment(content, student, source)
     warn(idle_gpus(experiment.cluster))
-    trained = train_on_data(StudentTraining(experiment, source, save_moments, merge), output, sys.argv[1:])
+    trained = train_on_data(StudentTraining(experiment, examples, save_moments, merge), output, sys.argv[1:])
     counts = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in trained.counts.items())
     console.print(f"{counts}; loss {trained.log[0]['loss']:.4f}, at the end {trained.log[-1]['loss']:.4f}")
     console.print(f"student: {output}", soft_wrap=True)

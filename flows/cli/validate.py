@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flows.cli.console import console
 from flows.cli.influence import (
+    DEFAULT_RATE,
     MEASUREMENT_OPTIONS,
     REDUCTION,
     WEIGHT_PER,
@@ -67,7 +68,10 @@ WeightsPer = Annotated[
         show_default="example",
     ),
 ]
-Rate = Annotated[float, typer.Option(help="Peak rate of warm-up and trainings, and rate of the influence step.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Peak rate of warm-up and trainings, and rate of the influence step.", show_default=DEFAULT_RATE),
+]
 Subsets = Annotated[int, typer.Option(min=8, help="Number of random subsets, each with a training.")]
 SubsetSize = Annotated[
     int | None, typer.Option(min=2, help="Examples of a random subset.", show_default="a quarter of the examples")
@@ -98,7 +102,7 @@ def validate(
     reference: Reference = "builtin",
     warmup: WarmupFile = None,
     warm_state: WarmState = None,
-    learning_rate: Rate = 5e-6,
+    learning_rate: Rate = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a training step.")] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="Passes of a training over its subset.")] = 1,
     example_weight: ExampleWeights = None,
@@ -139,11 +143,12 @@ def validate(
     To resume after an interruption, run the same command again.
     """
     _check_options(out, leave_out)
-    from flows.measurement import Measurement
+    from flows.measurement import Measurement, step_rate
     from flows.validation import Validation
 
+    rate = step_rate(warm_state) if learning_rate is None else learning_rate
     options = {
-        "learning_rate": learning_rate,
+        "learning_rate": rate,
         "reference_reduction": reference_reduction,
         "dtype": dtype,
         "state_dtype": state_dtype,
@@ -155,7 +160,7 @@ def validate(
     data, good = data_source(examples, "--examples", **fields), data_source(reference, "--reference")
     jobs = cluster_or_device(cluster, device)
     measurement = Measurement(model, warm_state, data, good, settings[0], "student", jobs)
-    recipe = _recipe(learning_rate, batch_size, epochs, jobs.resources.training if warmup else Resources())
+    recipe = _recipe(rate, batch_size, epochs, jobs.resources.training if warmup else Resources())
     source = data_source(warmup, "--warmup", **fields) if warmup else None
     _validate(Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed), out)
 

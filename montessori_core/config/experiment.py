@@ -1,5 +1,6 @@
 """An experiment: all sections and the checks across them."""
 
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _batches_fit_processes(self) -> "Experiment":
-        for section in ("warmup", "teacher_update", "training"):
+        for section in ("training", "warmup", "teacher_update"):
             self.check_batch(section)
         return self
 
@@ -157,6 +158,21 @@ class Experiment(Section):
             endpoint: Endpoint | None = getattr(self, name)
             content[name] = endpoint.identity() if endpoint else None
         return content
+
+
+Used = Mapping[str, tuple[type[Section], tuple[str, ...]]]
+"""Fields that a command uses, by section, with the section's type; '' is the whole. Other sections are used whole."""
+
+
+def without_unused(content: Mapping[str, Any], used: Used, section: str = "") -> dict[str, Any]:
+    """Return a section of a configuration without the fields that a command does not use; unknown fields are kept."""
+    kept: dict[str, Any] = {}
+    kind, names = used.get(section, (None, ()))
+    for name, value in content.items():
+        if kind is None or name in names or name not in kind.model_fields:
+            path = f"{section}.{name}".removeprefix(".")
+            kept[name] = without_unused(value, used, path) if isinstance(value, dict) else value
+    return kept
 
 
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:

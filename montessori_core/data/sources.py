@@ -140,8 +140,15 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
             f"reference.path: {len(leaks)} of {len(sources.reference)} examples are also in the evaluation set, e.g. "
             f"{leaks[0][0]} and {leaks[0][1]}: the held-out loss would not be held out. Remove them from either set"
         )
+    warnings = []
+    reference, evaluation = experiment.reference.path, experiment.evaluation.path
+    if reference != evaluation and any(path.partition("/")[0] == "builtin" for path in (reference, evaluation)):
+        warnings.append(
+            f"reference.path is {reference}, evaluation.path {evaluation}: if these are of different kinds, the held-out "
+            "loss does not tell whether the student learned what influence was measured for; set both"
+        )
     measured = {"reference": "influence", "evaluation": "the held-out loss"}
-    return [
+    return warnings + [
         f"{len(shared)} of {len(getattr(sources, name))} {name} examples are also in the seed pool, e.g. "
         f"{shared[0][0]} and {shared[0][1]}: prompts show the teacher examples on which {result} is measured"
         for name, result in measured.items()

@@ -188,9 +188,9 @@ def moments_fingerprint(folder: Path) -> str:
 
 
 def moments_recipe(folder: Path) -> dict[str, float]:
-    """Return AdamW's betas, epsilon and weight decay of the steps that left the moments in a folder.
+    """Return AdamW's peak learning rate, betas, epsilon and weight decay of the steps that left the moments in a folder.
 
-    Empty if the file does not say.
+    Empty if the file does not say; without the rate if an earlier version wrote it.
     """
     _, metadata, _ = _read_header(folder / MOMENTS_FILE)
     recipe: dict[str, float] = json.loads(metadata.get("adamw", "{}")).get("recipe") or {}

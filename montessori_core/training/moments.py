@@ -90,7 +90,7 @@ def save_moments(moments: Moments, folder: Path, recipe: Optimization | None = N
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
     # One entry: safetensors writes several in a random order.
-    adamw = recipe and recipe.model_dump(include={"beta1", "beta2", "epsilon", "weight_decay"})
+    adamw = recipe and recipe.model_dump(include={"learning_rate", "beta1", "beta2", "epsilon", "weight_decay"})
     state = json.dumps({"step": moments.step, "weights": moments.weights, "recipe": adamw}, sort_keys=True)
     save_file(tensors, folder / MOMENTS_FILE, metadata={"adamw": state})
 

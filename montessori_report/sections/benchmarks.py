@@ -6,6 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from montessori_core import formatting
+from montessori_core.formatting import JUDGED_BENCHMARKS, benchmark_name, score_name
 from montessori_report.figures import (
     AFTER,
     BEFORE,
@@ -33,7 +34,6 @@ MODELS = {
     "untrained": "untrained student",
     "previous": "student of the iteration before",
 }
-_JUDGED = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}
 _COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous": WARM}
 
 
@@ -190,7 +190,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
         )
         figures.append(
             grouped_dot_figure(
-                score_name(benchmark),
+                benchmark_name(benchmark),
                 f"{better}. The bars are 95 % intervals; bars that overlap widely show no difference.",
                 groups,
                 "score",
@@ -206,7 +206,7 @@ def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     metrics = list(dict.fromkeys((entry["benchmark"], entry["metric"]) for _, entry in scores))
     rows = [
         [
-            f"{score_name(benchmark)}, {metric.replace('_', ' ')}",
+            score_name(benchmark, metric),
             *(_score_text(cells.get((benchmark, metric, label))) for label in labels),
         ]
         for benchmark, metric in metrics
@@ -268,7 +268,7 @@ def head_to_head_figure(comparisons: Sequence[tuple[str, dict[str, Any]]]) -> Fi
 def _contamination_table(contamination: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     rows = [
         [
-            _JUDGED.get(entry["benchmark"], entry["benchmark"]),
+            JUDGED_BENCHMARKS.get(entry["benchmark"], entry["benchmark"]),
             data,
             f"{formatting.count(entry['overlapping'])} of {formatting.count(entry['items'])}",
             formatting.count(entry["n"]),
@@ -280,11 +280,3 @@ def _contamination_table(contamination: Sequence[tuple[str, dict[str, Any]]]) ->
         ["Benchmark", "Data", "Overlapping items", "n"],
         rows,
     )
-
-
-def score_name(benchmark: str) -> str:
-    """Return the displayed name of a benchmark, with the kind of judge prompts if it is judged."""
-    name, separator, against = benchmark.partition(" against ")
-    judged = name.removesuffix("_published")
-    prompts = "own" if judged == name else "published"
-    return f"{_JUDGED[judged]} ({prompts} judge prompts){separator}{against}" if judged in _JUDGED else benchmark

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.doctor import check_report
+from cluster.doctor import check_report, needs_compiler
 from cluster.doctor_jobs import open_node_report
 from montessori_core.config import Resources
 
@@ -34,11 +34,12 @@ def test_doctor_reports_compiler_of_gpu_jobs(
         else:
             (tmp_path / name).write_text(content)
             (tmp_path / name).chmod(0o755)
-    open_node_report({"packages": {}}, {"token": tmp_path / "token"})([], tmp_path / "report.json", lambda *_: None)
-    report = json.loads((tmp_path / "report.json").read_text())
 
     def compilers_of(stage: str, gpus: int) -> list[tuple[bool | None, str]]:
-        findings = check_report(stage, report, "token", Resources(gpus_per_node=gpus))
+        resources, file = Resources(gpus_per_node=gpus), tmp_path / "report.json"
+        settings = {"packages": {}, "compiler": needs_compiler(stage, resources)}
+        open_node_report(settings, {"token": tmp_path / "token"})([], file, lambda *_: None)
+        findings = check_report(stage, json.loads(file.read_text()), "token", resources)
         return [(finding.good, finding.seen) for finding in findings if "C compiler" in finding.check]
 
     [(passed, text)] = compilers_of("training", 1)

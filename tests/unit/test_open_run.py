@@ -73,7 +73,12 @@ def test_open_run_warns_of_contaminated_references(words: int, warned: bool, tin
         "mt_bench": str(tmp_path / "questions.jsonl"),
         "contamination_words": words,
     }
-    sections = {"reference": {"path": str(tmp_path / "reference.jsonl"), "limit": 2}, "judge": {"model": "judge"}}
+    write_jsonl(tmp_path / "evaluation.jsonl", [{"instruction": "Name the tallest tower.", "output": "This one."}])
+    sections = {
+        "reference": {"path": str(tmp_path / "reference.jsonl"), "limit": 2},
+        "evaluation": {"path": str(tmp_path / "evaluation.jsonl")},
+        "judge": {"model": "judge"},
+    }
     warnings = warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, **sections)
     assert ["2 of 2 reference examples are also in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
 
@@ -84,6 +89,46 @@ def test_paper_presets_use_unseen_alpaca_examples(name: str) -> None:
     seeds, reference = experiment.seed_pool, experiment.reference
     assert (reference.path, reference.split, reference.limit) == ("vicgalle/alpaca-gpt4", "train", 256)
     assert (seeds.path, seeds.split, seeds.limit) == ("vicgalle/alpaca-gpt4", "train[256:]", None)
+
+
+@pytest.mark.parametrize(
+    ("reference", "evaluation", "warned"),
+    [
+        ("{}/good.jsonl", "builtin/coding", True),
+        ("builtin/maths", "builtin/coding", True),
+        ("builtin/maths", "builtin/maths", False),
+        ("{}/good.jsonl", "{}/heldout.jsonl", False),
+    ],
+)
+def test_open_run_warns_of_evaluation_of_another_kind(
+    reference: str, evaluation: str, warned: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "good.jsonl", [{"instruction": f"Count to {n}.", "output": "One."} for n in range(8)])
+    write_jsonl(tmp_path / "heldout.jsonl", [OTHER])
+    sections = {"reference": reference.format(tmp_path), "evaluation": evaluation.format(tmp_path)}
+    warnings = warnings_of(tmp_path, tiny_llama, **{name: {"path": path} for name, path in sections.items()})
+    assert ["of different kinds" in warning for warning in warnings] == [True] * warned
+
+
+def test_open_run_warns_of_evaluation_without_gpu(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    resources = {"influence": {"gpus_per_node": 1}}
+    [warning] = warnings_of(tmp_path, tiny_llama, cluster={"resources": resources})
+    assert "set cluster.resources.evaluation.gpus_per_node: 1" in warning
+    resources["evaluation"] = {"gpus_per_node": 1}
+    assert not warnings_of(tmp_path, tiny_llama, cluster={"resources": resources})
+
+
+def test_influence_settings_may_change_in_started_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """They are the remedy for a measurement that does not fit the memory; warm-up and examples are kept."""
+    warnings_of(tmp_path, tiny_llama)
+    [warning] = warnings_of(tmp_path, tiny_llama, influence={"reference_batch_tokens": 64})
+    assert "the influence of the probing set and later stages are computed again, earlier stages are kept" in warning
+    assert reopen_run(tmp_path / "run").experiment.influence.reference_batch_tokens == 64
+    with pytest.raises(UserError, match="influence.probing_examples: 10000 -> 5"):
+        warnings_of(tmp_path, tiny_llama, influence={"reference_batch_tokens": 64, "probing_examples": 5})
 
 
 def test_open_run_lists_rows_that_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
@@ -203,7 +248,7 @@ def test_refusal_of_changed_settings_names_the_remedy(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"(?s){remedy}") as refusal:
         open_run(after, tmp_path / place)
-    assert "warmup.examples: 64 -> 65\nOf the method's settings, only preferences" in str(refusal.value)
+    assert "warmup.examples: 64 -> 65\nOf the method's settings, only influence (but" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

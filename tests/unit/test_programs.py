@@ -26,7 +26,8 @@ DECLARED: list[Program[Any]] = [value for value in vars(programs).values() if is
 
 
 def key_of(program: Program[Any]) -> str:
-    stage = Stage.of(program, program.settings.model_construct(), Path("stage"), {}, {})
+    sections = {name: Zero(**values) for name, values in program.key_values.items()}
+    stage = Stage.of(program, program.settings.model_construct(**sections), Path("stage"), {}, {})
     return stage.key(pa.table({"n": [1]}))
 
 
@@ -109,6 +110,14 @@ def test_key_excludes_offload(program: Program[Any]) -> None:
     assert offloaded.key(table) == plain.key(table) == hash_json(content)  # as before keys excluded it
     assert offloaded.settings["zero"]["offload"] == "optimizer"
     assert stage(stage=2).key(table) != plain.key(table)
+
+
+@pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
+def test_key_values_replace_existing_settings(program: Program[Any]) -> None:
+    for section, values in program.key_values.items():
+        settings = program.settings.model_fields[section].annotation
+        assert isinstance(settings, type)
+        settings.model_validate(values)
 
 
 def test_declared_programs_have_unique_names() -> None:

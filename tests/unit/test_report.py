@@ -22,13 +22,13 @@ from montessori_core.data.tables import INFLUENCE, INSTRUCTIONS, PREFERENCES, re
 from montessori_core.errors import DataError
 from montessori_core.evaluation.scores import judged_benchmark
 from montessori_core.files import write_json
+from montessori_core.formatting import benchmark_name
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.synthesis.filtering import NO_TAGS, rejection_by
 from montessori_core.synthesis.filters.length import LENGTH, TOO_SHORT
 from montessori_report.compare_page import render_runs
 from montessori_report.run_data import InfluenceData, read_run_data
 from montessori_report.run_page import render_report
-from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.examples import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
 from montessori_report.sections.influence import histogram_edges, positive_shares, share_of
 from montessori_report.study_page import study_page
@@ -186,8 +186,8 @@ def test_costs_explain_paper_numbers(run: Path, tmp_path: Path) -> None:
 
 def test_judged_scores_name_judge_prompts(run: Path, tmp_path: Path) -> None:
     page = page_of(run)
-    assert "MT-Bench (own judge prompts), score writing" in page.text
-    assert "arc_challenge, acc norm" in page.text
+    assert "MT-Bench (own judge prompts): score writing" in page.text
+    assert "arc_challenge: acc norm" in page.text
     assert "compares the answers of two models with own judge prompts" in page.text
     study = Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     assert "MT-Bench (own judge prompts): score" in study.text
@@ -198,9 +198,9 @@ def test_judged_scores_name_judge_prompts(run: Path, tmp_path: Path) -> None:
     content["head_to_head"][0]["judge_prompts"] = "published"
     write_json(content, folder / "iteration-1" / "metrics.json")
     page = page_of(folder)
-    assert "MT-Bench (published judge prompts), score writing" in page.text
+    assert "MT-Bench (published judge prompts): score writing" in page.text
     assert "compares the answers of two models with own and published judge prompts" in page.text
-    assert score_name("alpaca_eval_published against x") == "AlpacaEval (published judge prompts) against x"
+    assert benchmark_name("alpaca_eval_published against x") == "AlpacaEval (published judge prompts) against x"
 
 
 @pytest.mark.guarantee("script in the report")

@@ -53,7 +53,8 @@ def test_extra_includes_nested_extras() -> None:
 
 def test_node_names_wrong_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(pretend(tmp_path, "pyarrow", "1.0"))
-    look_around = open_node_report({"packages": {"pyarrow": ">=21", "numpy": ">=2"}}, {"token": tmp_path / "token"})
+    settings = {"packages": {"pyarrow": ">=21", "numpy": ">=2"}, "compiler": False}
+    look_around = open_node_report(settings, {"token": tmp_path / "token"})
     look_around([], tmp_path / "found.json", lambda *_: None)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["wrong"] == {"pyarrow": "pyarrow 1.0 is installed, pyarrow>=21 is needed"}
