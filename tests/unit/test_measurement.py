@@ -1,13 +1,17 @@
-"""Names of reference sets."""
+"""Names of reference sets, and the rate of a step."""
 
 import json
 import logging
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from flows.measurement import Measurement, names_of_targets, opened_inputs
-from montessori_core.config import Cluster, DataSource, Influence, Student
+from flows.measurement import Measurement, names_of_targets, opened_inputs, step_rate
+from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
+from montessori_core.layout import MOMENTS_FILE
+from montessori_core.training.moments import Moments, save_moments
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,13 @@ def test_log_names_one_of_several_sets(tiny_llama: Path, tmp_path: Path, caplog:
         measurement = Measurement(student, None, pool, coding, Influence(), "student", Cluster(), targets=targets)
         with opened_inputs(measurement, tmp_path / "measured"):
             assert caplog.messages == ["examples: 3 rows, format: alpaca", *logged]
+
+
+def test_step_has_the_rate_of_the_warm_state(tmp_path: Path) -> None:
+    assert step_rate(None) == step_rate(tmp_path) == Warmup().learning_rate
+    moments = Moments({"weight": torch.ones(2)}, {"weight": torch.ones(2)}, 3, {})
+    save_moments(moments, tmp_path, Warmup(learning_rate=3e-5).shared())
+    assert step_rate(tmp_path) == 3e-5
+    without_rate = {"adamw": json.dumps({"step": 3, "weights": {}, "recipe": {"beta1": 0.9}})}  # as of earlier versions
+    save_file(dict(moments.first), tmp_path / MOMENTS_FILE, metadata=without_rate)
+    assert step_rate(tmp_path) == Warmup().learning_rate

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.lock import only_driver
 from flows.cli.options import on_cluster
+from flows.cli.run import folder_of
 from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
@@ -393,3 +394,22 @@ def test_set_beside_cluster_file_is_refused(tmp_path: Path) -> None:
     assert merged(["seed=1"]).cluster.profile == "local"
     with pytest.raises(UserError, match="--set cluster.slurm.partition=a: --cluster .* set it in that file"):
         merged(["cluster.slurm.partition=a"])
+
+
+def test_configuration_of_a_run_continues_it(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the run was copied, which keeps its name in the configuration, and wherever the command is started."""
+    warnings_of(tmp_path, tiny_llama)
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "copy")
+    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "config.yaml")
+    config = tmp_path / "elsewhere" / "copy" / "config.yaml"
+    experiment = read_experiment(config, ("preferences.max_pairs=3",))
+    renamed = read_experiment(config, ("name=another",))
+    for root, opened, file, expected in (
+        (None, experiment, config, config.parent),
+        (Path("elsewhere"), experiment, config.relative_to(tmp_path), config.parent),
+        (None, renamed, config, Path("runs/another")),
+        (Path("other"), experiment, config, Path("other") / experiment.name),
+        (None, experiment, tmp_path / "config.yaml", Path("runs") / experiment.name),
+    ):
+        monkeypatch.chdir(tmp_path)  # continuing a run enters the directory where it was started
+        assert folder_of(opened, file, root) == expected
