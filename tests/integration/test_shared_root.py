@@ -1,4 +1,4 @@
-"""Two users of one group whose runs lie in one folder: group-writable, with umask 002 and the setgid bit."""
+"""Two users of one group whose runs lie in one folder: group-writable, with the setgid and the sticky bit, and umask 022."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def shared() -> Iterator[Path]:
     for path in (folder, folder / "runs"):
         path.mkdir(exist_ok=True)
         os.chown(path, 0, GROUP)
-        path.chmod(0o2775)
+        path.chmod(0o3775)
     yield folder
     shutil.rmtree(folder)
 
@@ -72,7 +72,7 @@ def start(user: int, folder: Path, *command: str) -> subprocess.Popen[str]:
         [*identity(user), *reading(), *command],
         cwd=folder,
         env=kept | variables,
-        umask=0o002,
+        umask=0o022,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
