@@ -1,4 +1,4 @@
-"""Two users of one group whose runs lie in one folder: group-writable, with the setgid and the sticky bit, and umask 022."""
+"""Two users of one group whose runs lie in one folder: group-writable, with umask 002 and the setgid and the sticky bit."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def start(user: int, folder: Path, *command: str) -> subprocess.Popen[str]:
         [*identity(user), *reading(), *command],
         cwd=folder,
         env=kept | variables,
-        umask=0o022,
+        umask=0o002,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
