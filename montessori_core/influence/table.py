@@ -218,11 +218,13 @@ def influence_warnings(summary: Mapping[str, float | int]) -> list[str]:
 def cut_warnings(summary: Mapping[str, float | int]) -> list[str]:
     """Return a warning if examples or reference examples are cut; `summary` is that of `summarize_influence`."""
     cut, references = summary["truncated"], int(summary[CUT_REFERENCES])
-    if not cut and not references:
+    parts = [f"{cut:,} of {summary['examples']:,} examples"] if cut else []
+    parts += [f"{references:,} reference example{'s'[: references > 1]}"] if references else []
+    if not parts:
         return []
     return [
-        f"the end of {cut:,} of {summary['examples']:,} examples and of {references:,} reference examples is cut: they have "
-        "more tokens than student.max_length (montessori influence, validate: --max-length); raise it, or shorten them"
+        f"the end of {' and of '.join(parts)} is cut: they have more tokens than "
+        "student.max_length (montessori influence, validate: --max-length); raise it, or shorten them"
     ]
 
 
