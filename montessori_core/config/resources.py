@@ -71,6 +71,17 @@ class StageResources(Section):
     )
 
     @model_validator(mode="after")
+    def _rows_have_one_process(self) -> "StageResources":
+        for stage in ("generation", "influence", "evaluation", "judging"):
+            resources: Resources = getattr(self, stage)
+            if resources.nodes * resources.processes_per_node > 1:
+                raise ValueError(
+                    f"{stage}: {resources.nodes} nodes with {resources.processes_per_node} processes each, but one process "
+                    f"computes the rows of a job; set both to 1, and {stage}.parallel_jobs to the number of jobs"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _training_processes_have_gpus(self) -> "StageResources":
         for stage in ("training", "teacher_update"):
             resources: Resources = getattr(self, stage)

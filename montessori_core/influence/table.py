@@ -189,7 +189,7 @@ def describe_influence(summary: Mapping[str, float | int], baseline: str) -> lis
     ]
     if summary["measured"]:
         lines += [
-            (f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}"),
+            (share_label(baseline), f"{summary['share_positive']:.0%}"),
             ("mean influence", f"{summary['mean_influence_student']:.3g} nats per token"),
         ]
     lines += [
@@ -213,6 +213,13 @@ def influence_warnings(summary: Mapping[str, float | int]) -> list[str]:
         summary: see `summarize_influence`.
     """
     return [*cut_warnings(summary), *_domination_warnings(summary["median_dominated_share"])]
+
+
+def share_label(baseline: str) -> str:
+    """Return what `share_positive` of a summary is the share of."""
+    if baseline == "prompt":
+        return "share above the median (of pairs, the mean of the prompt decides)"
+    return f"share that helps (baseline: {baseline})"
 
 
 def cut_warnings(summary: Mapping[str, float | int]) -> list[str]:

@@ -188,10 +188,19 @@ def moments_fingerprint(folder: Path) -> str:
 
 
 def moments_recipe(folder: Path) -> dict[str, float]:
-    """Return AdamW's peak learning rate, betas, epsilon and weight decay of the steps that left the moments in a folder.
+    """Return AdamW's betas, epsilon and weight decay of the steps that left the moments in a folder.
 
-    Empty if the file does not say; without the rate if an earlier version wrote it.
+    Empty if the file does not say.
     """
+    return {name: value for name, value in _recipe(folder).items() if name != "learning_rate"}
+
+
+def moments_rate(folder: Path) -> float | None:
+    """Return the peak learning rate of the training that left the moments in a folder; None if the file does not say."""
+    return _recipe(folder).get("learning_rate")
+
+
+def _recipe(folder: Path) -> dict[str, float]:
     _, metadata, _ = _read_header(folder / MOMENTS_FILE)
     recipe: dict[str, float] = json.loads(metadata.get("adamw", "{}")).get("recipe") or {}
     return recipe

@@ -86,7 +86,7 @@ def cold_moments(model: Any) -> Moments:
 
 
 def save_moments(moments: Moments, folder: Path, recipe: Optimization | None = None) -> None:
-    """Write the moments next to a model's weights; `moments_recipe` reads AdamW's settings of the recipe."""
+    """Write the moments next to a model's weights; `moments_recipe` and `moments_rate` read the recipe's settings."""
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
     # One entry: safetensors writes several in a random order.

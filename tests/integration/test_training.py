@@ -34,7 +34,7 @@ from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.chat import encode_example
 from montessori_core.models.control_tokens import hash_vocabulary
 from montessori_core.models.fetch import fingerprint
-from montessori_core.models.fingerprints import moments_recipe
+from montessori_core.models.fingerprints import moments_rate, moments_recipe
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Program, Row, SettingsT
 from montessori_core.training.dpo import encode_pair
@@ -257,8 +257,8 @@ def test_training_equals_torch_at_every_zero_stage(
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-4)
     assert [entry["learning_rate"] for entry in log] == pytest.approx([5e-4, 1e-3])
     assert kept.step == 2
-    betas = {"beta1": 0.9, "beta2": 0.999}
-    assert moments_recipe(part) == {"learning_rate": 1e-3, **betas, "epsilon": 1e-8, "weight_decay": 0.01}
+    assert moments_recipe(part) == {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.01}
+    assert moments_rate(part) == 1e-3
     assert kept.weights == weights_checksums(load_model(str(part), torch.float32).named_parameters())
     for name, weight in weights.items():
         moved = (weight - start[name]).abs().max()

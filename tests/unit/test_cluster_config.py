@@ -76,7 +76,14 @@ def test_training_without_gpu_for_each_process_is_refused(stage: str) -> None:
         ConfigError, match=rf"{stage}.processes_per_node \(4\) is more than {stage}.gpus_per_node \(2\).*; set"
     ):
         parse(Cluster, {"resources": {stage: {"processes_per_node": 4, "gpus_per_node": 2}}}, "test")
-    parse(Cluster, {"resources": {"generation": {"processes_per_node": 4, "gpus_per_node": 2}}}, "test")
+
+
+@pytest.mark.parametrize("stage", ["generation", "influence", "evaluation", "judging"])
+def test_idle_processes_are_refused(stage: str) -> None:
+    """One process computes the rows of a job; others would hold GPUs and wait."""
+    for resources in ({"processes_per_node": 8, "gpus_per_node": 8}, {"nodes": 2}):
+        with pytest.raises(ConfigError, match=rf"{stage}: . nodes with . processes each.* {stage}.parallel_jobs"):
+            parse(Cluster, {"resources": {stage: resources}}, "test")
 
 
 GPUS, MEMORY = {"training": {"gpus_per_node": 4}}, {"training": {"memory_gb": 8}}

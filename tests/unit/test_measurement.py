@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from flows.measurement import Measurement, names_of_targets, opened_inputs, step_rate
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.fingerprints import moments_recipe
 from montessori_core.training.moments import Moments, save_moments
 
 
@@ -53,6 +54,7 @@ def test_step_has_the_rate_of_the_warm_state(tmp_path: Path) -> None:
     moments = Moments({"weight": torch.ones(2)}, {"weight": torch.ones(2)}, 3, {})
     save_moments(moments, tmp_path, Warmup(learning_rate=3e-5).shared())
     assert step_rate(tmp_path) == 3e-5
+    assert moments_recipe(tmp_path) == {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0}
     without_rate = {"adamw": json.dumps({"step": 3, "weights": {}, "recipe": {"beta1": 0.9}})}  # as of earlier versions
     save_file(dict(moments.first), tmp_path / MOMENTS_FILE, metadata=without_rate)
     assert step_rate(tmp_path) == Warmup().learning_rate
