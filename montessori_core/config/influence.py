@@ -95,8 +95,9 @@ class Influence(Section):
     state_dtype: StateDtype = Field(
         "float32",
         description="What AdamW's moments and the reference gradient are kept in; arithmetic is in fp32 (unless dtype: "
-        "bfloat16). 'bfloat16' takes half the memory: more of a large student's state stays on the GPU, instead of being "
-        "copied there for each batch of examples. Ranks stay the same (docs/numerics.md).",
+        "bfloat16; with dtype: mixed, a linear measurement keeps directions in bf16). 'bfloat16' takes half the memory: more "
+        "of a large student's state stays on the GPU, instead of being copied there for each batch of examples. Ranks stay "
+        "the same (docs/numerics.md).",
     )
     screening: Screening = Field(Screening(), description="How estimator: screened audits its estimates.")
     sequential: Sequential | None = Field(
@@ -125,7 +126,9 @@ class Influence(Section):
         "weigh more, as in a training batch, whose loss is the mean over the tokens of all its examples.",
     )
     reference_batch_tokens: Count = Field(
-        2048, description="Tokens per batch of reference examples, including padding."
+        2048,
+        description="Tokens of a forward pass, including padding, over reference and evaluation examples and, with linear, "
+        "over probing examples.",
     )
     examples_per_shard: Count = Field(64, description="Maximum number of probing examples per shard.")
 
@@ -169,7 +172,8 @@ class Preferences(Section):
         0.0,
         ge=0.0,
         description="Keep pairs whose influence gap exceeds this many standard errors over the reference examples (the "
-        "errors of both examples are treated as independent); 0 keeps every pair whose gap exceeds rounding error.",
+        "errors of both examples are treated as independent); 0 keeps every pair of examples that lie outside rounding error "
+        "of the threshold.",
     )
     pairs: Literal["within_prompt", "across_prompts"] = Field(
         "within_prompt",

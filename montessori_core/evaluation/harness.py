@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (Section 4.2): list their items, and score a model on them.
+"""Tasks of lm-evaluation-harness (Section 4, Evaluation Methods): list their items, and score a model on them.
 
 The demonstrations of an item are drawn with a seed from the item, so its result does not depend on other items or on
 sharding. (The harness draws for all items from one random stream.)
