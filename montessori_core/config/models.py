@@ -140,8 +140,8 @@ class Endpoint(Section):
     spending_cap_dollars: float | None = Field(
         None,
         gt=0.0,
-        description="Most that this section may spend in a run folder: each seed and each transfer student of a study has its "
-        "own. The stage fails before the first request that could exceed it; answers are kept. If not set, no limit.",
+        description="Most that this section may spend in a run folder: each seed and each transfer student of a study has "
+        "its own. The stage fails before the first request that could exceed it; answers are kept. If not set, no limit.",
     )
 
     @model_validator(mode="after")
