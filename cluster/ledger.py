@@ -96,21 +96,28 @@ class Ledger:
 def close_submissions(ledger: Ledger, cluster: Cluster, submissions: Sequence[Submission] | None = None) -> int:
     """End the jobs of open submissions, by default of all, even if their ids were never recorded; return their number.
 
-    Jobs of one backend end together: each may take a while.
+    Jobs of one backend end together: each may take a while. An error of one does not keep those of others from ending.
 
     Raises:
         JobsRemain: some jobs may still run; their submissions stay open.
         SchedulerUnavailable: it cannot be asked for jobs without recorded ids.
+        OSError: the ledger cannot be written.
     """
     submissions = ledger.open_submissions() if submissions is None else submissions
     places: dict[tuple[str | None, bool], list[Submission]] = {}
     for submission in submissions:
         places.setdefault((submission.host, submission.steps), []).append(submission)
+    problems: list[UserError | OSError] = []
     for (host, steps), group in places.items():
-        _end_jobs(group, backend_at(host, steps, cluster), ledger.folder)
-        for submission in group:
-            submission.closed = True
-        ledger.save()
+        try:
+            _end_jobs(group, backend_at(host, steps, cluster), ledger.folder)
+            for submission in group:
+                submission.closed = True
+            ledger.save()
+        except (UserError, OSError) as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
     return len(submissions)
 
 

@@ -1,0 +1,65 @@
+"""Ending the jobs that drivers have left."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.backends.held import _names_of
+from cluster.ledger import Ledger, Submission
+from cluster.processes import start_time
+from support import ROOT, squares
+from support.row_programs import as_shards
+from support.slurm_lab import put_command
+
+CANCELS_ON_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from cluster.backends.base import JobsRemain
+from cluster.status import cancel_jobs
+from montessori_core.config import Cluster
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # each write fails
+try:
+    cancel_jobs(Path(sys.argv[1]), Cluster())
+except JobsRemain as error:
+    print(error)
+"""
+
+
+def leave_jobs(folder: Path, name: str, *jobs: "subprocess.Popen[bytes]") -> None:
+    """Write a stage whose ledger has an open submission for each job; the second is of steps."""
+    stage = squares.stage(folder / name)
+    stage.write(as_shards(*squares.SHARDS))
+    ledger = Ledger(stage.folder / "jobs")
+    for number, job in enumerate(jobs):
+        ids = [f"{job.pid}:{start_time(job.pid)}"]
+        entry = Submission(f"{name}-{number}", "w", [[number]], platform.node(), 1, steps=number == 1, ids=ids)
+        ledger.submissions.append(entry)
+    ledger.save()
+
+
+def test_cancel_on_full_disk_ends_all_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local jobs, steps, those of a second stage, and held jobs, although no ledger can be written."""
+    (tmp_path / "held").mkdir()
+    held = f"17|17_0|RUNNING|None|3:00:00|{_names_of(tmp_path)}12345678"
+    put_command(tmp_path / "bin" / "squeue", f"echo '{held}'")
+    put_command(tmp_path / "bin" / "scancel", f'[ "$*" = "--quiet 17" ] && touch {tmp_path}/cancelled')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    jobs = [subprocess.Popen(["sleep", "600"]) for _ in range(3)]
+    try:
+        leave_jobs(tmp_path, "one", *jobs[:2])
+        leave_jobs(tmp_path, "two", jobs[2])
+        command = [sys.executable, "-c", CANCELS_ON_FULL_DISK, str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        cancel = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert cancel.stdout.count("File too large") == 2, cancel.stderr
+        assert all(job.poll() is not None for job in jobs)
+        assert (tmp_path / "cancelled").exists()
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
