@@ -379,11 +379,13 @@ def test_open_run_leaves_run_that_another_command_creates(
 
 def test_opening_keeps_the_job_as_driver(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings_of(tmp_path, tiny_llama)
-    record = '{"job":"17","job_name":"montessori-driver-1"}'
-    (tmp_path / "run" / "driver.lock").write_text(record)
+    lock = tmp_path / "run" / "driver.lock"
+    lock.write_text('{"job":"17","job_name":"montessori-driver-1"}')
     monkeypatch.setenv("MONTESSORI_DRIVER_JOB", "montessori-driver-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     warnings_of(tmp_path, tiny_llama)
-    assert (tmp_path / "run" / "driver.lock").read_text() == record
+    kept = json.loads(lock.read_text())
+    assert (kept["job"], kept["job_name"]) == ("17", "montessori-driver-1")
 
 
 def test_set_beside_cluster_file_is_refused(tmp_path: Path) -> None:
