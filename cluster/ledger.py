@@ -33,7 +33,8 @@ class Submission:
         host: host of local jobs and of the steps of an allocation; None for Slurm jobs.
         at_once: how many of the jobs the scheduler may run at a time.
         gpus: GPUs of each job.
-        steps: whether the jobs are steps of a Slurm job, each started by an srun process of `host`.
+        steps: whether the jobs are steps of a Slurm job, each started by an srun process of `host`; None if unknown: earlier
+            versions did not record it.
         ids: ids of the jobs; None until the scheduler has answered.
         missed: consecutive polls that did not find a job, by job id.
         lost: class of the loss, by id, of each lost job whose shards were submitted again.
@@ -47,7 +48,7 @@ class Submission:
     host: str | None
     at_once: int
     gpus: int = 0
-    steps: bool = False
+    steps: bool | None = None
     ids: list[_JobId] | None = None
     missed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -104,7 +105,7 @@ def close_submissions(ledger: Ledger, cluster: Cluster, submissions: Sequence[Su
         OSError: the ledger cannot be written.
     """
     submissions = ledger.open_submissions() if submissions is None else submissions
-    places: dict[tuple[str | None, bool], list[Submission]] = {}
+    places: dict[tuple[str | None, bool | None], list[Submission]] = {}
     for submission in submissions:
         places.setdefault((submission.host, submission.steps), []).append(submission)
     problems: list[UserError | OSError] = []

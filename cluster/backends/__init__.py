@@ -40,12 +40,12 @@ def open_backend(
     return LocalBackend(resources, python)
 
 
-def backend_at(host: str | None, steps: bool, cluster: Cluster) -> Backend | None:
+def backend_at(host: str | None, steps: bool | None, cluster: Cluster) -> Backend | None:
     """Open the backend of jobs that an earlier driver submitted, possibly with another profile.
 
     Args:
         host: host of local jobs and of steps; None for Slurm jobs.
-        steps: whether they are steps of a Slurm job.
+        steps: whether they are steps of a Slurm job; None: as the current profile starts them.
         cluster: current configuration.
 
     Returns:
@@ -56,7 +56,9 @@ def backend_at(host: str | None, steps: bool, cluster: Cluster) -> Backend | Non
     """
     if host not in (None, platform.node()):
         return None
-    if steps:
+    if steps is None:
+        steps = cluster.profile == "allocation" or (cluster.profile == "slurm" and cluster.slurm.hold is not None)
+    if host is not None and steps:
         return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)
