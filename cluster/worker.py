@@ -60,7 +60,7 @@ _SPINS = "1000"
 milliseconds, which slows a job down where other processes use the cores, too; see benchmarks/busy_machine.py."""
 
 
-def run_task(folder: str, indices: list[int], threads: int, gpus: int) -> None:
+def run_task(folder: str, indices: list[int], threads: int, gpus: int = 0) -> None:
     """Compute those of the shards `indices` of the stage in `folder` that are not done.
 
     An error is recorded with its traceback and ends the task; the driver submits the remaining shards again.
@@ -69,7 +69,7 @@ def run_task(folder: str, indices: list[int], threads: int, gpus: int) -> None:
         folder: folder of the stage.
         indices: shards of the task.
         threads: threads of this process.
-        gpus: GPUs for which the job asked on each of its nodes.
+        gpus: GPUs for which the job asked on each of its nodes; jobs that an earlier version queued do not say it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before torch is imported, so that its thread pools get the same size.

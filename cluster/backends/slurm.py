@@ -68,7 +68,7 @@ class _Restartable(submitit.helpers.Checkpointable):
     finished shards, so there is no state to save.
     """
 
-    def __call__(self, stage_folder: str, task: Task, threads: int, gpus: int) -> None:
+    def __call__(self, stage_folder: str, task: Task, threads: int, gpus: int = 0) -> None:
         run_task(stage_folder, task, threads, gpus)
 
 
