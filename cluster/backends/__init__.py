@@ -32,7 +32,9 @@ def open_backend(
     if cluster.profile == "slurm" and slurm.hold is not None and driven is not None:
         return HeldBackend(slurm, slurm.hold, resources, python or slurm.python, driven)
     if cluster.profile == "slurm":
-        return SlurmBackend(slurm, resources, python or slurm.python)
+        sbatch = SlurmBackend(slurm, resources, python or slurm.python)
+        sbatch.check()
+        return sbatch
     if cluster.profile == "allocation":
         backend = AllocationBackend(slurm, resources, python or slurm.python)
         backend.check(stage)
@@ -62,9 +64,9 @@ def backend_at(host: str | None, steps: bool | None, cluster: Cluster) -> Backen
         return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)
-    if shutil.which("sbatch") is None:
+    if shutil.which("squeue") is None:
         raise UserError(
-            "Slurm jobs of an earlier driver may be running, but there is no sbatch here; start on a login node of their "
+            "Slurm jobs of an earlier driver may be running, but there is no squeue here; start on a login node of their "
             "cluster. If they have ended, remove jobs/ledger.json in the folders of the run's stages; results are kept"
         )
     return SlurmBackend(cluster.slurm, Resources(), None)

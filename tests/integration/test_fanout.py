@@ -689,7 +689,7 @@ def test_slurm_jobs_without_slurm_are_an_error(folder: Path, monkeypatch: pytest
     ledger.submissions = [Submission("montessori-squares", "w", [[0]], None, 1, ids=["17"])]
     ledger.save()
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(UserError, match=r"Slurm jobs .* no sbatch here.* login node.* remove jobs/ledger\.json"):
+    with pytest.raises(UserError, match=r"Slurm jobs .* no squeue here.* login node.* remove jobs/ledger\.json"):
         run(folder)
     assert computed(folder) == []
 

@@ -12,7 +12,7 @@ import pytest
 from cluster.backends.held import _names_of
 from cluster.ledger import Ledger, Submission
 from cluster.processes import start_time
-from cluster.status import cancel_jobs
+from cluster.status import cancel_jobs, read_stage_status
 from montessori_core.config import Cluster, HeldJobs, Slurm
 from montessori_core.files import read_json, write_json
 from support import ROOT, squares, wait_until
@@ -69,6 +69,22 @@ def test_cancel_on_full_disk_ends_all_jobs(tmp_path: Path, monkeypatch: pytest.M
     finally:
         for job in jobs:
             job.kill()
+
+
+def test_slurm_jobs_end_where_none_can_be_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host has squeue and scancel, and no sbatch and srun."""
+    put_command(tmp_path / "bin" / "squeue", f"[ -e {tmp_path}/ended ] || echo '17|None'")
+    put_command(tmp_path / "bin" / "scancel", f": >{tmp_path}/ended")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    stage = squares.stage(tmp_path)
+    stage.write(as_shards(*squares.SHARDS))
+    ledger = Ledger(stage.folder / "jobs")
+    ledger.submissions = [Submission("jobs", "w", [[0]], None, 1, ids=["17"])]
+    ledger.save()
+    cluster = Cluster(profile="slurm")
+    assert read_stage_status(stage.folder, cluster).state == "running"
+    assert cancel_jobs(tmp_path, cluster) == 1
+    assert read_stage_status(stage.folder, cluster).state == "incomplete"
 
 
 @pytest.mark.parametrize(
