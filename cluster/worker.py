@@ -22,7 +22,7 @@ from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.processes import seconds_since, start_time
 from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
-from cluster.retry import NOT_RETRIED
+from cluster.retry import gpu_memory_remedy
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
 from montessori_core.environment import set_process_defaults
@@ -120,12 +120,13 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
         except Exception as error:
             on_node = is_full(error) and node_is_full(stage.folder)
             kind = "lost" if on_node else classify_error(error)
+            remedy = gpu_memory_remedy(stage.kind) if kind == "gpu_out_of_memory" else ""
             failure = {
                 "job_id": environment.job_id,
                 "attempt": _attempt(),
                 "class": kind,
                 "opening": opened is None or isinstance(error, NotOpened),
-                "error": f"{type(error).__name__}: {error}{NOT_RETRIED.get(kind, '')}",
+                "error": f"{type(error).__name__}: {error}{remedy}",
                 "traceback": traceback.format_exc(),
             }
             # Of several processes, the first failure is the cause: the others only lose their connection.

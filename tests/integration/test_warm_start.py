@@ -476,7 +476,10 @@ def test_doctor_reports_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BUILT_FOR_CUDA)
     put_command(tmp_path / "bin" / "nvidia-smi", "echo 'GPU 0: H100'")
     (tmp_path / "cluster.yaml").write_text("{profile: local, resources: {training: {gpus_per_node: 1}}}")
-    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    path = {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
     code, output = call("doctor", "--cluster", "cluster.yaml", cwd=tmp_path, CUDA_VISIBLE_DEVICES="0", **path)
     assert code == 1
     assert "BAD  training job: GPUs: torch sees 0 of 1\n      remedy: install torch's CUDA build" in output
