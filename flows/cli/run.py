@@ -124,7 +124,7 @@ def drive_run(opened: Run, as_job: bool = False) -> None:
 
     if opened.finished:
         console.print(f"{name} is finished; checking its results.")
-    interruptible(lambda: experiment(opened), command_to_resume(folder))
+    interruptible(lambda: experiment(opened), folder, opened.experiment.cluster, command_to_resume(folder))
     print_summary(opened)
 
 
