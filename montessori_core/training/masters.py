@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.load import load_model
+from montessori_core.models.load import load_model, unpartitioned
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class MastersCallback(TrainerCallback):
         if hasattr(engine.module, "peft_config") and not is_adapter(self._model):
             return  # a new adapter, initialised at random
         if not _copy_from_files(self._model, parameters):
-            _copy_from_model(self._model, parameters, args)
+            _copy_from_model(self._model, parameters)
 
 
 def _name_in_files(name: str) -> str:
@@ -134,20 +134,16 @@ def _copy_from_files(folder: Path, parameters: dict[str, torch.nn.Parameter]) ->
     return not missing or other_dtypes <= {"BF16"}
 
 
-def _copy_from_model(folder: Path, parameters: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
+def _copy_from_model(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Set masters to the weights of the loaded model, for files whose names or shapes transformers converts.
 
     Every process holds the full model in host memory, at any ZeRO stage.
     """
     from deepspeed.utils import safe_set_full_fp32_param
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     log.info("%s: names in the files differ from those of the model's weights: loading the full model", folder)
-    unset_hf_deepspeed_config()  # or ZeRO-3 would partition it
-    try:
+    with unpartitioned():
         model = load_model(str(folder), torch.float32)
-    finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
     weights = {_name_in_files(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     if missing := sorted(parameters.keys() - weights.keys()):
         raise RuntimeError(f"{folder}: no weights for {len(missing)} trained parameters, e.g. {missing[0]}")
