@@ -59,7 +59,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
 
         TeacherTrainer.recipe = recipe
         model_path = str(inputs["teacher"])
-        checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
+        checkpoints = checkpoint_folder(output, settings, model_path, rows)
         tokenizer = load_tokenizer(model_path)
         pairs = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
