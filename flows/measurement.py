@@ -195,6 +195,8 @@ def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> lis
     warm_state = measurement.warm_state
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
+    if warm_state is not None:
+        moments_recipe(warm_state)  # fails if the file is damaged
     check_student(measurement.student)
     references = []
     sources = measurement.reference, *measurement.targets

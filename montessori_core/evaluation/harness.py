@@ -7,6 +7,7 @@ sharding. (The harness draws for all items from one random stream.)
 import contextlib
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,11 @@ def _check_metrics(benchmark: str, tasks: dict[str, Any]) -> None:
 
 def _means(aggregations: dict[str, Any]) -> list[str]:
     """Return the metrics that are means over items; others, such as corpus BLEU or perplexity, have no score per item."""
+    import numpy
     from lm_eval.api.metrics import mean, nanmean
 
-    return [metric for metric, aggregation in aggregations.items() if aggregation in (mean, nanmean)]
+    means = mean, nanmean, numpy.mean, numpy.nanmean, statistics.mean, statistics.fmean
+    return [metric for metric, aggregation in aggregations.items() if aggregation in means]
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
