@@ -35,7 +35,10 @@ class HarnessTask(Section):
 
     name: str = Field(description="Name of a task, tag or group; 'lm_eval ls tasks' lists them.")
     shots: int | None = Field(
-        None, ge=0, description="Demonstrations before each item. If not set, the task's default."
+        None,
+        ge=0,
+        description="Demonstrations before each item. If not set, the task's default. Tasks whose file has 0 have a fixed "
+        "prompt, for which shots are refused (in a group, ignored).",
     )
     limit: Count | None = Field(
         None,

@@ -177,6 +177,17 @@ def test_prompts_have_configured_demonstrations(
         assert prompt.endswith("5 plus 6 is")
 
 
+def test_demonstrations_of_fixed_prompt_are_refused(tasks: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    [file] = folder.glob("own_sums.y*ml")
+    file.write_text(file.read_text().replace("num_fewshot: 3", "num_fewshot: 0"))
+    row = {"benchmark": "own_sums", "task": "own_sums", "item": 5, "shots": 2}
+    program = open_harness(Harness(batch_size=1, chat_template=False), {"model": tiny_llama, "tasks": folder})
+    with pytest.raises(DataError, match="'own_sums' has a fixed prompt .* shots: 2 would change nothing"):
+        as_compute(program)([row], tmp_path / "scores.parquet", print)
+    as_compute(program)([row | {"shots": None}], tmp_path / "scores.parquet", print)
+
+
 def test_chat_prompts_have_text_and_fixed_date(
     tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
 ) -> None:
