@@ -49,8 +49,12 @@ test-all: lint $(VENV)-vllm/.ready
 	$(BIN)/python $(PYTEST) --all --durations 50
 	tests/system/install/clean_install.sh
 
-test-latest: $(VENV)-latest/.latest
-	$(VENV)-latest/bin/python -m pytest --numprocesses 2 tests/unit --deselect tests/unit/test_versions.py
+test-latest: BIN = $(VENV)-latest/bin
+test-latest:
+	$(NEW_VENV)
+	$(INSTALL_TORCH)
+	$(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]' torch==$(TORCH_VERSION)
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit --deselect tests/unit/test_versions.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -71,6 +75,7 @@ $(VENV)/.local-$(TORCH): requirements/local.lock pyproject.toml Makefile
 	$(LOCKED) $<
 	$(INSTALL_TORCH)
 	$(PIP) --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.local-*
 	touch $@
 
 $(VENV)/.dev: requirements/dev.lock $(VENV)/.local-$(TORCH)
@@ -85,16 +90,9 @@ $(VENV)-vllm/.ready: requirements/generation-cpu.lock Makefile
 	$(INSTALL_TORCH)
 	touch $@
 
-$(VENV)-latest/.latest: BIN = $(@D)/bin
-$(VENV)-latest/.latest: pyproject.toml
-	$(NEW_VENV)
-	$(INSTALL_TORCH)
-	$(PIP) --upgrade --editable '.[dev]'
-	touch $@
-
 # Building the documentation does not need torch.
 $(VENV)/.docs: requirements/dev.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(NEW_VENV)
 	$(LOCKED) $<
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

@@ -101,11 +101,16 @@ def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
         (folder / "sleeping_program.py").write_text(PROGRAM)
         os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"
         settings = {"seconds": arguments.seconds}
-        stage = Stage("sleep", 1, "sleeping_program:open_sleep", settings, {}, {}, folder / "stage")
+        warming, stage = (
+            Stage("sleep", 1, "sleeping_program:open_sleep", settings, {}, {}, folder / name)
+            for name in ("warming", "stage")
+        )
         rows = Shards(Rows.of([{"n": number} for number in range(ROWS * shards)]), ROWS)
         resources = Resources(parallel_jobs=arguments.jobs, cpus_per_process=1, shards_per_job=arguments.shards_per_job)
         cluster = Cluster(profile=arguments.profile, poll_seconds=_POLL, slurm=Slurm())
         polls: list[float] = []
+        if arguments.profile == "local":  # the process that local jobs are forked from starts once
+            fan_out(warming, Shards(Rows.of([{"n": 0}]), 1), resources, cluster, lambda progress: None)
         started = time.time()
         fan_out(stage, rows, resources, cluster, lambda progress: polls.append(time.time()))
         ended = time.time()

@@ -3,7 +3,7 @@
     python benchmarks/generation.py [--prompts 24] [--rounds 2] [--texts 20]
 
 The embedded model continues prompts from the built-in seed pool, four times each, with the quickstart's prompts and sampling,
-until the closing tag. Both decode at most 32 rows at a time, in the dtype that the engine selects, in alternating rounds.
+until the closing tag. Both decode at most 64 rows at a time, in the dtype that the engine selects, in alternating rounds.
 Tokens per second and ratio use processor time, which other programs on the machine change little. `--texts` prints some of
 the engine's outputs.
 """
@@ -26,7 +26,7 @@ from montessori_core.synthesis.strategies.opened import OpenStrategy
 from montessori_core.synthesis.strategies.strategy import Material
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
-SAMPLES, ROWS = 4, 32
+SAMPLES, ROWS = 4, 64
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=0.0, max_tokens=64)
 SHOWN = Synthesis(seed_demonstrations=3, synthetic_demonstrations=1)
 

@@ -37,13 +37,14 @@ _LLAMA = {
 }
 """Hidden and intermediate size, layers, heads, heads of keys, vocabulary."""
 _BATCH_TOKENS = 2048
+_ESTIMATORS = ["linear", "first_order", "exact"]
 
 
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(_LLAMA), default=["135m", "1b", "8b"])
-    parser.add_argument("--estimators", nargs="+", default=["linear", "first_order", "exact"])
+    parser.add_argument("--estimators", nargs="+", choices=_ESTIMATORS, default=_ESTIMATORS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "mixed", "bfloat16"])
     parser.add_argument("--states", nargs="+", default=["float32"], help="what moments and gradients are kept in")
     parser.add_argument("--references", type=int, default=256, help="reference examples, of 135 tokens")
@@ -99,7 +100,7 @@ def measure(
         torch.OutOfMemoryError: the device has too little memory.
     """
     dtype, state = dtypes
-    count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
+    count = {"linear": max(1, _BATCH_TOKENS // arguments.tokens), "exact": 1}.get(estimator, 4)
     model = random_model(name, weights_type(dtype), device)
     shape = Shape.of(model)
     reference = ReferenceSet([random_example(135) for _ in range(arguments.references)], _BATCH_TOKENS, device)

@@ -3,9 +3,12 @@
 `make test` runs tests without the `slow` mark; `--all` runs all tests. A test given by its id always runs.
 """
 
+import atexit
 import gc
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -13,6 +16,12 @@ from hypothesis import settings
 pytest_plugins = ["support.models", "support.browser", "support.finished_run", "support.interrupted"]
 
 gc.disable()  # until all tests are collected: a third of the time of the imports
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the user's Prefect server and database are none of the tests' business
+    for variable in [variable for variable in os.environ if variable.startswith("PREFECT_")]:
+        del os.environ[variable]
+    os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="montessori-prefect-")
+    atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of the CPU, also where there are GPUs
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

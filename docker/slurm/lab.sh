@@ -178,6 +178,8 @@ start() {
   ! running "$LAB/pid/slurmctld" || die "a cluster is running in $LAB; stop it first"
   [ -e "$LAB/.slurm-lab" ] || [ -z "$(ls -A "$LAB" 2>/dev/null)" ] ||
     die "$LAB contains other files; choose a new folder: LAB=..."
+  [[ $LAB != *[[:space:]]* ]] || die "Slurm allows no spaces in paths; choose another folder: LAB=/tmp/lab"
+  stop  # what a killed controller or start has left
   rm -rf "$LAB"
   configure
   # --force: munge refuses to run as root and in folders that others cannot enter.

@@ -30,8 +30,8 @@ def evaluate(
     config: Annotated[
         Path,
         typer.Option(
-            help="Configuration (YAML) or preset; its sections evaluation, benchmarks, judge, student (not the model), seed "
-            "and cluster are used."
+            help="Configuration (YAML) or preset; its sections evaluation, benchmarks, judge, student (not the model), seed, "
+            "cluster, and engine, engine_options and instructions_per_shard of synthesis are used."
         ),
     ] = Path("evaluation"),
     set_: Annotated[

@@ -4,14 +4,19 @@ A run keeps the ids of the tests that passed; a run that ends by itself removes 
 files and of the same tier deselects them.
 """
 
+import fcntl
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-_HASHED = ("montessori_core", "montessori_report", "cluster", "tasks", "flows", "tests", "benchmarks", "docs", "docker")
+_HASHED = (
+    *("montessori_core", "montessori_report", "cluster", "tasks", "flows", "tests", "benchmarks", "docs", "docker"),
+    *("requirements", ".ci"),
+)
 _ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -36,6 +41,13 @@ class _Continuation:
         if self._is_worker:
             self._earlier = frozenset(config.workerinput["earlier"])
             return
+        self._lock = (self._passed.parent / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise pytest.UsageError(
+                "another run of the tests is under way in this checkout; wait for its end"
+            ) from None
         key = _hash_files(config.rootpath) + (" all" if config.getoption("--all", False) else "")
         lines = self._passed.read_text().splitlines() if self._passed.exists() else []
         self._earlier = frozenset(lines[1:] if lines[:1] == [key] else [])
@@ -72,10 +84,11 @@ class _Continuation:
 
 
 def _hash_files(root: Path) -> str:
-    """Return a hash of the interpreter and of the files on which tests depend."""
-    digest = hashlib.sha256(sys.executable.encode())
+    """Return a hash of the interpreter, of the seed of drawn examples, and of the files on which tests depend."""
+    digest = hashlib.sha256(f"{sys.executable} {os.environ.get('MONTESSORI_TEST_SEED')}".encode())
     files = [file for folder in _HASHED for file in (root / folder).rglob("*") if file.is_file()]
-    at_root = [file for pattern in ("*.py", "*.toml", "*.md", "*.yml", "Makefile") for file in root.glob(pattern)]
+    patterns = ("*.py", "*.toml", "*.md", "*.yml", "Makefile", ".dockerignore")
+    at_root = [file for pattern in patterns for file in root.glob(pattern)]
     for file in sorted([*files, *at_root]):
         if file.is_file() and "__pycache__" not in file.parts:
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
