@@ -133,15 +133,18 @@ def test_held_jobs_that_are_too_long_are_replaced_by_the_next_driver(folder: Pat
 
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
-def test_held_job_on_excluded_node_gets_no_shards(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("death", "jobs"), [("os._exit(9)", 2), ("raise RuntimeError('No CUDA GPUs are available')", 1)]
+)
+def test_held_job_on_excluded_node_gets_no_shards(folder: Path, death: str, jobs: int) -> None:
     """A held job on it, which replaces a lost one, may start before the node is excluded."""
-    broken = 'if os.environ["SLURMD_NODENAME"] == "node1": raise RuntimeError("No CUDA GPUs are available")'
+    broken = f'if os.environ["SLURMD_NODENAME"] == "node1": {death}'
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
     )
     drive(folder, 1.0, slurm=ONE_A_NODE, exclude_node_after=2, infrastructure_retries=10)
     assert results(folder) == [local.EXPECTED] * 2
-    assert sum("node1" in nodes for nodes in places(folder)) == 2
+    assert sum("node1" in nodes for nodes in places(folder)) == jobs
 
 
 @pytest.mark.slow
