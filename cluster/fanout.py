@@ -4,7 +4,6 @@ The state is on disk: manifests tell which shards are done, the ledger tells whi
 reads both, waits for running jobs, and submits only the missing shards.
 """
 
-import itertools
 import logging
 import os
 import time
@@ -13,23 +12,14 @@ from collections.abc import Callable, Set
 from pathlib import Path
 
 from cluster.backends import open_backend
-from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, log_file, own_id
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, own_id
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import driven_folder
 from cluster.progress import Progress, ShardFailure, measure
 from cluster.records import Failure, ShardProgress, read_record
-from cluster.retry import (
-    NOT_RETRIED,
-    OF_NODES_AT_OPENING,
-    REMEDIES,
-    Losses,
-    NodeLosses,
-    Openings,
-    allowed_retries,
-    classify_loss,
-)
+from cluster.retry import NOT_RETRIED, REMEDIES, Losses, NodeLosses, Openings, allowed_retries, classify_loss
 from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
@@ -281,8 +271,8 @@ class _Driver:
         self._nodes.count(node, kind, first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
-            # If no job has computed anything, and this is the second shard, the cause is not in the shards.
-            hit = self._undone() if self._failed and not self._openings.jobs else {first}
+            # Of the second such shard: then the cause is the program, or the jobs' environment.
+            hit = self._undone() if self._failed and self._computes_nowhere() else {first}
             self._fail(hit, reported.kind or kind, reason, submission, job_id)
             noted = reported.model_copy(update={"kind": reported.kind or kind, "error": reason})
             write_json(noted.model_dump(by_alias=True), self._stage.failure_file(first))
@@ -298,14 +288,14 @@ class _Driver:
     ) -> None:
         """Try again to open the program, or fail all shards but those of jobs that have opened it."""
         openings = self._openings
-        loss = "lost" if failure.kind in OF_NODES_AT_OPENING else failure.kind
+        loss = openings.loss_of(failure.kind)
         self._nodes.count(node, loss, job_id)
         if openings.count_failure(own_id(job_id), node, started):
             self._other_node = self._backend.keep_away(list(self._alive), self._nodes.excluded | openings.nodes)
         if openings.end_stage(failure.kind, self._other_node):
             opened = {job: task for job, task in self._alive.items() if own_id(job) in openings.jobs}
             reason = f"{failure.error}{REMEDIES.get(failure.kind, '')}"
-            hit = self._undone() - set(itertools.chain(*opened.values()))
+            hit = self._undone() - {index for task in opened.values() for index in task}
             self._fail(hit, failure.kind, reason, submission, job_id)
             for job in self._alive.keys() - opened.keys() if opened else ():
                 self._backend.cancel_lost(job, loss)
@@ -316,6 +306,11 @@ class _Driver:
         name = self._stage.name
         log.warning("%s: job %s on %s: %s; trying again in %.0f s", name, job_id, node, failure.error, backoff)
 
+    def _computes_nowhere(self) -> bool:
+        """Return whether no job has computed anything, and jobs were lost on several nodes, or on the only one there is."""
+        nodes = self._nodes.lost_on
+        return not self._openings.jobs and (len(nodes) > 1 or not self._backend.keep_away([], nodes))
+
     def _avoided(self) -> frozenset[str]:
         """Return the nodes that get no jobs now."""
         return self._nodes.excluded | (self._openings.nodes if self._other_node else frozenset())
@@ -325,9 +320,7 @@ class _Driver:
 
     def _fail(self, shards: Set[int], kind: str, reason: str, submission: Submission, job_id: str) -> None:
         """Submit these shards no more, because of a lost job."""
-        folder = self._ledger.folder / submission.name
-        file = log_file(folder, job_id)
-        log_path = str(file if file.exists() else folder)
+        log_path = str(self._ledger.log_of(submission, job_id))
         self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in shards})
 
     def _pause(self, failures_before: int) -> float:

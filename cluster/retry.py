@@ -13,7 +13,10 @@ NOT_RETRIED = {
     "(micro_batch_size, max_length, influence.reference_batch_tokens) or with zero.offload; see `montessori plan`",
 }
 """Classes that a job reports, with a remedy that it adds to the error; a retry would fail again."""
-OF_NODES_AT_OPENING = ("code_error", "gpu_out_of_memory")  # a library is missing there, or its GPU is smaller or in use
+_OF_NODES_AT_OPENING = (
+    "code_error",
+    "gpu_out_of_memory",
+)  # a library is missing there, or its GPU is smaller or in use
 _OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
 REMEDIES = {
     "file_system": "; check the mounts of these nodes and their file servers",
@@ -75,6 +78,11 @@ class NodeLosses:
         self._lost: dict[str, set[int | str]] = {}
         self.excluded: frozenset[str] = frozenset()
 
+    @property
+    def lost_on(self) -> frozenset[str]:
+        """Nodes that lost a shard or job."""
+        return frozenset(self._lost)
+
     def count(self, node: str | None, kind: str, shard_or_job: int | str) -> None:
         """Count a shard that was lost on a node, or a job that was lost at opening; a shard lost again counts once."""
         if node is None or kind not in _OF_NODES:
@@ -92,7 +100,7 @@ class Openings:
     """Tells broken nodes from broken programs: decides when a program that does not open ends its stage.
 
     A program that no job has opened yet ends it when it fails with an error of the code on two nodes, or on the only one
-    there is. Any other failure is tried again, on other nodes, until there were more in a row than losses of a shard are
+    that is up. Any other failure is tried again, on other nodes, until there were more in a row than losses of a shard are
     allowed: a job that opens the program ends the row, and jobs that run at the same time, which a file server may hinder
     together, count once.
 
@@ -132,11 +140,16 @@ class Openings:
             self.failures += 1
         return counts or self.nodes != known
 
+    @staticmethod
+    def loss_of(kind: str) -> str:
+        """Return the class of the loss of a job whose program failed to open with an error of class `kind`."""
+        return "lost" if kind in _OF_NODES_AT_OPENING else kind
+
     def end_stage(self, kind: str, other_node: bool) -> bool:
         """Return whether the failures end the stage; the last was of class `kind`, and `other_node` may be tried next."""
-        if kind in OF_NODES_AT_OPENING and not self.jobs and (len(self.nodes) > 1 or not other_node):
+        if kind in _OF_NODES_AT_OPENING and not self.jobs and (len(self.nodes) > 1 or not other_node):
             return True
-        if kind in NOT_RETRIED and kind not in OF_NODES_AT_OPENING:
+        if self.loss_of(kind) in NOT_RETRIED:
             return True
         # Even if shards are not retried: one broken node must not end a stage.
         return self.failures > max(1, allowed_retries(kind, self._retries))

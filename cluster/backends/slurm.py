@@ -208,7 +208,7 @@ class SlurmBackend:
     def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
         if not nodes:
             return True
-        # Ask first: if no node were left, Slurm would hold the jobs, with BadConstraints.
+        # Ask first: if no node were left, Slurm would hold the jobs, with BadConstraints. Nodes that are down do not count.
         try:
             if check_script(self.script("check", Path(), nodes)) is not None:
                 return check_script(self.script("check", Path())) is not None  # what is refused has another cause
