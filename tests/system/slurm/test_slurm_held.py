@@ -133,18 +133,17 @@ def test_held_jobs_that_are_too_long_are_replaced_by_the_next_driver(folder: Pat
 
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("death", "jobs"), [("os._exit(9)", 2), ("raise RuntimeError('No CUDA GPUs are available')", 1)]
-)
-def test_held_job_on_excluded_node_gets_no_shards(folder: Path, death: str, jobs: int) -> None:
+def test_held_job_on_excluded_node_gets_no_shards(folder: Path) -> None:
     """A held job on it, which replaces a lost one, may start before the node is excluded."""
-    broken = f'if os.environ["SLURMD_NODENAME"] == "node1": {death}'
+    broken = 'if os.environ["SLURMD_NODENAME"] == "node1": raise RuntimeError("No CUDA GPUs are available")'
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
     )
     drive(folder, 1.0, slurm=ONE_A_NODE, exclude_node_after=2, infrastructure_retries=10)
     assert results(folder) == [local.EXPECTED] * 2
-    assert sum("node1" in nodes for nodes in places(folder)) == jobs
+    assert (
+        1 <= sum("node1" in nodes for nodes in places(folder)) <= 2
+    )  # it may be tried again when the program has opened
 
 
 @pytest.mark.slow
