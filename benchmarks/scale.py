@@ -26,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.fanout import Progress, fan_out
+from cluster.fanout import fan_out
+from cluster.progress import Progress
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Preferences, Resources

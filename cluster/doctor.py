@@ -13,10 +13,12 @@ from typing import Any
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
+from cluster.backends.sbatch import check_script
 from cluster.backends.slurm import largest_array, seconds_of
 from cluster.driver_job import script_of
-from cluster.fanout import Progress, ShardsFailed, fan_out
-from cluster.scripts import check_script, options_in, scripts_of
+from cluster.fanout import ShardsFailed, fan_out
+from cluster.progress import Progress
+from cluster.scripts import options_in, scripts_of
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, HeldJobs, Resources

@@ -8,19 +8,18 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from cluster.backends import open_backend
-from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, log_file
+from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, own_id
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import driven_folder
-from cluster.progress import rows_per_second
+from cluster.progress import Progress, ShardFailure, measure
 from cluster.records import Failure, ShardProgress, read_record
-from cluster.retry import NOT_RETRIED, OF_NODES_AT_OPENING, REMEDIES, Losses, NodeLosses, allowed_retries, classify_loss
+from cluster.retry import NOT_RETRIED, REMEDIES, Losses, NodeLosses, Openings, allowed_retries, classify_loss
 from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
@@ -31,39 +30,6 @@ from montessori_core.files import hash_json, write_json
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
-_PACED = 20  # finished shards whose pace stands in for shards that have none yet
-
-
-@dataclass(frozen=True)
-class ShardFailure:
-    """A shard that is not retried, with the reason and the path of its log."""
-
-    shard: int
-    kind: str
-    error: str
-    log: str
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a stage.
-
-    Attributes:
-        rows_done, rows: of all shards; rows that are being computed count in fractions.
-        seconds_left: at the pace of the running jobs; None before it is known.
-        shards: number of shards.
-        begun: shards that a job has begun, done or not.
-        done: finished shards; the driver's own set, which grows.
-        failed: shards that are not retried.
-    """
-
-    rows_done: float
-    rows: int
-    seconds_left: float | None
-    shards: int
-    begun: Set[int]
-    done: Set[int]
-    failed: Mapping[int, ShardFailure]
 
 
 class ShardsFailed(UserError):
@@ -141,7 +107,10 @@ class _Driver:
         self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
         self._losses = Losses()
-        self._nodes = NodeLosses(stage.name, resources.exclude_node_after if cluster.profile == "slurm" else 0)
+        self._nodes = NodeLosses(stage.name, resources.exclude_node_after if cluster.profile != "local" else 0)
+        self._openings = Openings(resources.infrastructure_retries)
+        self._other_node = True  # whether jobs may run outside the nodes where the program did not open
+        self._lost: list[tuple[Submission, str, Task]] = []  # jobs whose loss is not handled yet
         self._next_submission = 0.0
         self._running = 0
         self._alive: dict[str, Task] = {}
@@ -162,13 +131,12 @@ class _Driver:
             if submission.host is not None:
                 self._unwatched |= set(submission.ids) - (self._backend.alive(submission.name, submission.ids) or set())
         close_submissions(self._ledger, self._cluster, other)
-        for index in set(range(len(self._shards))) - self._done:
+        for index in self._undone():
             if self._stage.is_done(index, self._keys[index], thorough=True):  # by a job that was running
                 self._done.add(index)
                 continue
             self._stage.manifest(index).unlink(missing_ok=True)  # workers do not check the bytes again
             self._stage.progress_file(index).unlink(missing_ok=True)
-        self._begun_before = self._done | self._stage.begun()
 
     def run(self) -> None:
         """Submit, watch and submit again until every shard is done or has failed."""
@@ -199,29 +167,14 @@ class _Driver:
         return False
 
     def _report(self) -> None:
-        stage, shards = self._stage, self._shards
-        rows = len(shards.rows)
-        done: float = sum(map(shards.rows_of, self._done))
-        begun = stage.begun()
-        records = {
-            index: read_record(stage.progress_file(index), ShardProgress)
-            for index in begun & set(range(len(shards))) - self._done
-        }
-        done += sum(min(shards.rows_of(index), record.done) for index, record in records.items() if record)
-        # A job computes its shards in order; a job that has begun none is waiting or loading its program.
-        tasks = [task for task in self._alive.values() if begun & set(task)]
-        undone = [[index for index in task if index not in self._done] for task in tasks]
-        computing = {indices[0] for indices in undone if indices}
-        earlier = stage.manifests(sorted(self._done)[-_PACED:])
-        pace = rows_per_second([records.get(index) for index in sorted(computing)], earlier)
-        left = (rows - done) / pace if pace else None
-        self._on_progress(Progress(done, rows, left, len(shards), begun, self._done, self._failed))
+        progress = measure(self._stage, self._shards, self._done, self._failed, self._alive.values())
+        self._openings.note_opened(progress.jobs)
+        self._on_progress(progress)
 
     def _update(self) -> set[int]:
         """Update the finished and failed shards; return the shards of running jobs."""
         self._collect_done()
         busy: set[int] = set()
-        lost: list[tuple[Submission, str, Task]] = []
         self._running = 0
         self._alive = {}
         limit = self._resources.parallel_jobs
@@ -236,7 +189,7 @@ class _Driver:
                     busy.update(task)
                     self._alive[job_id] = task
                 elif missed < self._backend.polls_until_lost:
-                    lost.append((submission, job_id, task))
+                    self._lost.append((submission, job_id, task))
             if not left:
                 submission.closed = True
                 self._ledger.save()
@@ -248,10 +201,8 @@ class _Driver:
             self._running += left
         # A job may have committed its last shard after the first look.
         self._collect_done()
-        for submission, job_id, task in lost:
-            self._handle_lost_job(submission, job_id, [index for index in task if index not in busy])
-        if lost:
-            self._ledger.save()
+        if self._lost:
+            self._handle_lost_jobs(busy)
         return busy - self._done
 
     def _count_missed(self, job_id: str, task: Task, alive: Set[str] | None, missed: int) -> int:
@@ -278,28 +229,36 @@ class _Driver:
             if self._stage.is_done(index, key):
                 self._done.add(index)
                 self._failed.pop(index, None)
+                self._openings.note_opened({manifest.job_id for manifest in self._stage.manifests([index])})
 
-    def _handle_lost_job(self, submission: Submission, job_id: str, task: Task) -> None:
-        """Retry or fail the unfinished shards of a lost job."""
-        undone = [index for index in task if index not in self._done]
-        if not undone:
-            return
-        folder = self._ledger.folder / submission.name
-        file = log_file(folder, job_id)
-        log_path = str(file if file.exists() else folder)
-        first, reported = undone[0], Failure.none(job_id.split(":")[0])
+    def _handle_lost_jobs(self, busy: set[int]) -> None:
+        """Handle the losses that were noticed; a loss stays noted until it is handled: a file error may come between."""
+        jobs = {*self._alive, *(job_id for _, job_id, _ in self._lost)}
+        started = {own_id(job_id) for job_id in jobs if self._stage.node_of(job_id)}
+        while self._lost:
+            submission, job_id, task = self._lost[0]
+            settled = self._done | self._failed.keys() | busy
+            if undone := [index for index in task if index not in settled]:
+                self._handle_lost_job(submission, job_id, undone, started)
+            self._lost.pop(0)
+        self._ledger.save()
+
+    def _handle_lost_job(self, submission: Submission, job_id: str, undone: Task, started: Set[str]) -> None:
+        """Retry or fail the unfinished shards of a lost job; `started` are the jobs that have started by now."""
+        first, reported = undone[0], Failure.none(own_id(job_id))
         for index in undone:
             failure = read_record(self._stage.failure_file(index), Failure)
             if failure is not None and failure.job_id == reported.job_id:
                 first, reported = index, failure
-        kind, reason, opening = reported.kind, reported.error, reported.opening
         node = self._stage.node_of(job_id)
-        if kind in OF_NODES_AT_OPENING and opening and self._opens_elsewhere(node):
-            kind = "lost"
-        if kind in NOT_RETRIED:
-            # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.
-            hit = set(range(len(self._shards))) - self._done if opening else {first}
-            self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
+        if reported.opening:
+            self._handle_failed_opening(submission, job_id, node, reported, started)
+            return
+        kind, reason = reported.kind, reported.error
+        if kind:
+            self._openings.note_opened({reported.job_id})
+        if kind in NOT_RETRIED:  # the task ended at this shard and did not try the rest
+            self._fail({first}, kind, reason, submission, job_id)
             return
         if not kind and job_id in self._unwatched:
             return  # their host may have crashed, which is neither the fault of a shard nor of a node
@@ -309,10 +268,12 @@ class _Driver:
         self._backend.cancel_lost(job_id, kind)
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
-        self._nodes.count(node, kind, job_id if opening else first)
+        self._nodes.count(node, kind, first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
-            self._failed[first] = ShardFailure(first, reported.kind or kind, reason, log_path)
+            # Of the second such shard: then the cause is the program, or the jobs' environment.
+            hit = self._undone() if self._failed and self._computes_nowhere() else {first}
+            self._fail(hit, reported.kind or kind, reason, submission, job_id)
             noted = reported.model_copy(update={"kind": reported.kind or kind, "error": reason})
             write_json(noted.model_dump(by_alias=True), self._stage.failure_file(first))
             return
@@ -322,29 +283,64 @@ class _Driver:
             "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff
         )
 
+    def _handle_failed_opening(
+        self, submission: Submission, job_id: str, node: str | None, failure: Failure, started: Set[str]
+    ) -> None:
+        """Try again to open the program, or fail all shards but those of jobs that have opened it."""
+        openings = self._openings
+        loss = openings.loss_of(failure.kind)
+        self._nodes.count(node, loss, job_id)
+        if openings.count_failure(own_id(job_id), node, started):
+            self._other_node = self._backend.keep_away(list(self._alive), self._nodes.excluded | openings.nodes)
+        if openings.end_stage(failure.kind, self._other_node):
+            opened = {job: task for job, task in self._alive.items() if own_id(job) in openings.jobs}
+            reason = f"{failure.error}{REMEDIES.get(failure.kind, '')}"
+            hit = self._undone() - {index for task in opened.values() for index in task}
+            self._fail(hit, failure.kind, reason, submission, job_id)
+            for job in self._alive.keys() - opened.keys() if opened else ():
+                self._backend.cancel_lost(job, loss)
+            return
+        self._backend.cancel_lost(job_id, loss)
+        submission.lost[job_id] = loss
+        backoff = self._pause(openings.failures - 1)
+        name = self._stage.name
+        log.warning("%s: job %s on %s: %s; trying again in %.0f s", name, job_id, node, failure.error, backoff)
+
+    def _computes_nowhere(self) -> bool:
+        """Return whether no job has computed anything, and jobs were lost on several nodes, or on the only one there is."""
+        nodes = self._nodes.lost_on
+        return not self._openings.jobs and (len(nodes) > 1 or not self._backend.keep_away([], nodes))
+
+    def _avoided(self) -> frozenset[str]:
+        """Return the nodes that get no jobs now."""
+        return self._nodes.excluded | (self._openings.nodes if self._other_node else frozenset())
+
+    def _undone(self) -> set[int]:
+        return set(range(len(self._shards))) - self._done
+
+    def _fail(self, shards: Set[int], kind: str, reason: str, submission: Submission, job_id: str) -> None:
+        """Submit these shards no more, because of a lost job."""
+        log_path = str(self._ledger.log_of(submission, job_id))
+        self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in shards})
+
     def _pause(self, failures_before: int) -> float:
         """Submit nothing for a while, longer after each failure; return the seconds."""
         seconds = min(_LONGEST_BACKOFF, 2.0 ** min(failures_before, 10))
         self._next_submission = time.monotonic() + seconds
         return seconds
 
-    def _opens_elsewhere(self, node: str | None) -> bool:
-        """Return whether the program, which did not open on `node`, has opened in another job or may open on another node."""
-        opened = (self._done | self._stage.begun()) - self._begun_before
-        others = {self._stage.node_of(job_id) for job_id in self._alive}
-        return self._nodes.may_open_elsewhere(node, others) or bool(opened)
-
     def _submit_missing(self, busy: set[int]) -> None:
-        missing = sorted(set(range(len(self._shards))) - self._done - self._failed.keys() - busy)
+        missing = sorted(self._undone() - self._failed.keys() - busy)
         if not missing or time.monotonic() < self._next_submission:
             return
-        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._nodes.excluded)
+        avoid = self._avoided()
+        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, avoid)
         if not tasks:
             return
         # The scheduler may have accepted jobs without our learning of it.
         unknown = [submission for submission in self._ledger.open_submissions() if submission.ids is None]
         close_submissions(self._ledger, self._cluster, unknown)
-        self._submit(tasks, self._nodes.excluded)
+        self._submit(tasks, avoid)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
         name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
@@ -382,19 +378,17 @@ class _Driver:
                     running[left[0]] = job_id, left
                 elif left and submission.missed.get(job_id, 0) < self._backend.polls_until_lost:
                     waiting = True
-        now = time.monotonic()
+        now, avoid = time.monotonic(), self._avoided()
         self._stopwatch.update(set(running), self._done, now)
         if waiting:
             return  # a copy would take the slot of a shard that waits
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):
             job_id, left = running[index]
             node = self._stage.node_of(job_id)
-            if not self._backend.plan_jobs(
-                left, self._resources.parallel_jobs - self._running, self._nodes.excluded, node
-            ):
+            if not self._backend.plan_jobs(left, self._resources.parallel_jobs - self._running, avoid, node):
                 return  # no slot, GPU or held job is free
             log.warning(
                 "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"
             )
             self._duplicated.update(left)
-            self._submit([left], self._nodes.excluded | ({node} if node else set()))
+            self._submit([left], avoid | ({node} if node else set()))

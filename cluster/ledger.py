@@ -10,7 +10,7 @@ from pydantic import Field as Bound
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.backends import backend_at
-from cluster.backends.base import Backend
+from cluster.backends.base import Backend, log_file
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 from montessori_core.files import is_copy, make_folder_of_pickles, read_json, write_json
@@ -88,6 +88,12 @@ class Ledger:
         """Write the ledger, in a folder that only its owner may write: submitit keeps pickles there."""
         make_folder_of_pickles(self.folder)
         write_json([vars(submission) for submission in self.submissions], self._file)
+
+    def log_of(self, submission: Submission, job_id: str) -> Path:
+        """Return the log of a job; the folder of its submission if there is none."""
+        folder = self.folder / submission.name
+        file = log_file(folder, job_id)
+        return file if file.exists() else folder
 
     def open_submissions(self) -> list[Submission]:
         """Submissions that may still have jobs."""

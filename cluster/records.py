@@ -53,10 +53,14 @@ class Manifest(Record):
 
 
 class ShardProgress(Record):
-    """Progress of a running shard: rows done, in fractions, and seconds per row."""
+    """Progress of a running shard: rows done, in fractions, seconds per row, and its job.
+
+    Without `row_seconds`, the job has done none of the rows yet: others were done before.
+    """
 
     done: _Number
     row_seconds: _Number | None = None
+    job_id: str = ""
 
 
 class DraftRows(Record):

@@ -1,4 +1,4 @@
-"""Which losses and failures are retried, and how often, and which nodes a stage stops using."""
+"""Which losses and failures are retried, and how often, which nodes a stage stops using, and what ends it."""
 
 import logging
 from collections.abc import Set
@@ -8,7 +8,10 @@ log = logging.getLogger(__name__)
 _NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that do not count against a shard that advances
 NOT_RETRIED = ("code_error", "disk_full", "gpu_out_of_memory")
 """Classes that a job reports; a retry would fail again."""
-OF_NODES_AT_OPENING = ("code_error", "gpu_out_of_memory")  # a library is missing there, or its GPU is smaller or in use
+_OF_NODES_AT_OPENING = (
+    "code_error",
+    "gpu_out_of_memory",
+)  # a library is missing there, or its GPU is smaller or in use
 _OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
 _CONTINUE = "montessori run RUN_DIR/config.yaml --set"
 REMEDIES = {
@@ -83,7 +86,7 @@ class Losses:
 
 
 class NodeLosses:
-    """Tells broken nodes from broken shards and programs: a node that lost several shards is excluded from the stage.
+    """Tells broken nodes from broken shards: a node that lost several shards is excluded from the stage.
 
     Attributes:
         excluded: nodes that get no more of the stage.
@@ -93,8 +96,12 @@ class NodeLosses:
         """Exclude a node after `limit` losses of the stage of this name; 0: none is excluded."""
         self._stage, self._limit = stage, limit
         self._lost: dict[str, set[int | str]] = {}
-        self._not_opened: set[str] = set()
         self.excluded: frozenset[str] = frozenset()
+
+    @property
+    def lost_on(self) -> frozenset[str]:
+        """Nodes that lost a shard or job."""
+        return frozenset(self._lost)
 
     def count(self, node: str | None, kind: str, shard_or_job: int | str) -> None:
         """Count a shard that was lost on a node, or a job that was lost at opening; a shard lost again counts once."""
@@ -108,14 +115,64 @@ class NodeLosses:
             )
             self.excluded |= {node}
 
-    def may_open_elsewhere(self, node: str | None, others: Set[str | None]) -> bool:
-        """Return whether a program that did not open on a node may open on the nodes `others` of running jobs.
 
-        It may until it fails on a second node: one broken node, which fails first, must not end a stage.
+class Openings:
+    """Tells broken nodes from broken programs: decides when a program that does not open ends its stage.
+
+    A program that no job has opened yet ends it when it fails with an error of the code on two nodes, or on the only one
+    that is up. Any other failure is tried again, on other nodes, until there were more in a row than losses of a shard are
+    allowed: a job that opens the program ends the row, and jobs that run at the same time, which a file server may hinder
+    together, count once.
+
+    Attributes:
+        jobs: jobs that have opened the program, by the ids that they know.
+        nodes: nodes where it did not open in this row.
+        failures: how often it failed in this row.
+    """
+
+    def __init__(self, infrastructure_retries: int) -> None:
+        self._retries = infrastructure_retries
+        self._counted: Set[str] = frozenset()
+        self.jobs: set[str] = set()
+        self.nodes: frozenset[str] = frozenset()
+        self.failures = 0
+
+    def note_opened(self, jobs: Set[str]) -> None:
+        """Note jobs that have computed rows, or failed at one."""
+        if jobs <= self.jobs:
+            return
+        self.jobs |= jobs
+        self._counted, self.nodes, self.failures = frozenset(), frozenset(), 0
+
+    def count_failure(self, job_id: str, node: str | None, started: Set[str]) -> bool:
+        """Note a job that did not open the program on a node; return whether it is the first there, or of its time.
+
+        Args:
+            job_id: id that the job knows.
+            node: None if its record is not visible yet.
+            started: jobs that have started by now.
         """
-        if node is not None:  # its record may be visible later
-            self._not_opened.add(node)
-        return len(self._not_opened) <= 1 and not others <= {node, None}
+        known = self.nodes
+        self.nodes |= {node} if node else set()
+        counts = job_id not in self._counted
+        if counts:
+            self._counted = started | {job_id}
+            self.failures += 1
+        return counts or self.nodes != known
+
+    @staticmethod
+    def loss_of(kind: str) -> str:
+        """Return the class of the loss of a job whose program failed to open with an error of class `kind`."""
+        return "lost" if kind in _OF_NODES_AT_OPENING else kind
+
+    def end_stage(self, kind: str, other_node: bool) -> bool:
+        """Return whether the failures end the stage; the last was of class `kind`, and `other_node` may be tried next."""
+        if kind in _OF_NODES_AT_OPENING and not self.jobs and (len(self.nodes) > 1 or not other_node):
+            return True
+        if self.loss_of(kind) in NOT_RETRIED:
+            return True
+        # Even if shards are not retried: one broken node must not end a stage.
+        return self.failures > max(1, allowed_retries(kind, self._retries))
 
 
 def allowed_retries(kind: str, infrastructure_retries: int) -> int:

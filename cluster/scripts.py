@@ -1,13 +1,12 @@
 """Have Slurm check the options of each stage's jobs without a submission (`sbatch --test-only`)."""
 
 import logging
-import tempfile
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from cluster.backends.base import SchedulerUnavailable
-from cluster.backends.sbatch import options_of, refusal_of
+from cluster.backends.sbatch import check_script, options_of
 from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -37,18 +36,6 @@ def scripts_of(cluster: Cluster) -> dict[str, list[str]]:
 def options_in(text: str) -> str:
     """Return the options of a batch script in one line."""
     return " ".join(option for option in options_of(text) if not option.startswith(_SAME_IN_EACH_SCRIPT))
-
-
-def check_script(text: str) -> str | None:
-    """Return why Slurm refuses a batch script; None if it does not.
-
-    Raises:
-        SchedulerUnavailable: sbatch does not answer.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "script.sh"
-        script.write_text(text, encoding="utf-8")
-        return refusal_of(script)
 
 
 def check_jobs(cluster: Cluster, unused: Collection[str] = ()) -> list[str]:

@@ -43,9 +43,9 @@ class RowClock:
     The first call says where the job starts: rows that were done before do not count for its pace.
     """
 
-    def __init__(self, file: Path, pause: float = 0.5) -> None:
-        """Write to `file` at most once every `pause` seconds."""
-        self._file, self._pause, self._written = file, pause, 0.0
+    def __init__(self, file: Path, job_id: str = "", pause: float = 0.5) -> None:
+        """Write to `file`, for a job, at most once every `pause` seconds."""
+        self._file, self._job_id, self._pause, self._written = file, job_id, pause, 0.0
         self._first: tuple[float, float] | None = None
         self._last = (0.0, 0.0)
 
@@ -55,7 +55,8 @@ class RowClock:
         self._first, self._last = self._first or (now, done), (now, done)
         if now - self._written >= self._pause:
             self._written = now
-            write_json({"done": done, "row_seconds": self.row_seconds}, self._file, durable=False)
+            record = {"done": done, "row_seconds": self.row_seconds, "job_id": self._job_id}
+            write_json(record, self._file, durable=False)
 
     @property
     def row_seconds(self) -> float | None:

@@ -188,8 +188,8 @@ def _compute_shard(
     environment: submitit.JobEnvironment,
     opening: float,
 ) -> None:
-    clock = RowClock(stage.progress_file(index))
     first, processes, job = environment.global_rank == 0, environment.num_tasks, environment.job_id
+    clock = RowClock(stage.progress_file(index), job)
     if isinstance(opened, RowProgram):
         if first:  # processes do not split rows among themselves
             with stage.commit_part(index, key, len(rows), job, clock, 1, opening) as temporary:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cluster.fanout import Progress
+from cluster.progress import Progress
 
 _PAUSE, _LOG_PAUSE = 0.2, 15.0  # seconds between updates: terminal, log file
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from prefect import get_run_logger
 from prefect.exceptions import MissingContextError
 
-from cluster.fanout import Progress, fan_out
+from cluster.fanout import fan_out
+from cluster.progress import Progress
 from cluster.shards import Shards, cut_for_jobs
 from cluster.stage import Stage
 from montessori_core.config import Endpoint, Experiment, Resources

@@ -20,7 +20,8 @@ from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES, temporary_settings
 
-from cluster.fanout import Progress, ShardFailure, ShardsFailed
+from cluster.fanout import ShardsFailed
+from cluster.progress import Progress, ShardFailure
 from cluster.stage import Stage
 from cluster.status import logs_of
 from montessori_core.errors import UserError

@@ -49,6 +49,7 @@ class AllocationBackend(LocalBackend):
         self._allocation = os.environ.get("SLURM_JOB_ID")
         self._job_ids = set()
         self._fit: int | None = None
+        self._nodes: frozenset[str] = frozenset()
         self._folders: dict[str, Path] = {}
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -63,7 +64,8 @@ class AllocationBackend(LocalBackend):
                 "cluster.profile is allocation, but SLURM_JOB_ID is not set: this is not inside an allocation; start inside "
                 "salloc or sbatch, or set profile: slurm, which submits jobs of its own"
             )
-        self._fit = self._jobs_that_fit()
+        job = run_command("scontrol", "--oneliner", "show", "job", self._allocation) or ""
+        self._fit, self._nodes = self._jobs_that_fit(job), _nodes(job)
         if self._fit == 0:
             needed, setting = self._resources, ".".join(filter(None, ("cluster.resources", stage)))
             raise UserError(
@@ -94,12 +96,25 @@ class AllocationBackend(LocalBackend):
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
-        # Nodes to avoid are ignored: an allocation has few.
         folder.mkdir(exist_ok=True)
-        return [self.start_step(self._allocation or "", name, folder, task, stage_folder) for task in tasks]
+        # Of other nodes srun knows nothing: an earlier driver had them, in another allocation.
+        avoid = avoid & self._nodes if self.keep_away([], avoid) else frozenset()
+        return [self.start_step(self._allocation or "", name, folder, task, stage_folder, avoid) for task in tasks]
 
-    def start_step(self, allocation: str, name: str, folder: Path, task: Task, stage_folder: Path) -> str:
-        """Start a job as a step of a Slurm job that is running; return the job's id."""
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
+        # Steps that wait for others to end are few; they keep their nodes.
+        return not self._nodes or len(self._nodes - nodes) >= self._resources.nodes
+
+    def start_step(
+        self,
+        allocation: str,
+        name: str,
+        folder: Path,
+        task: Task,
+        stage_folder: Path,
+        avoid: frozenset[str] = frozenset(),
+    ) -> str:
+        """Start a job as a step of a Slurm job that is running, outside the nodes `avoid`; return the job's id."""
         resources = self._resources
         options = [
             f"--jobid={allocation}",
@@ -114,6 +129,7 @@ class AllocationBackend(LocalBackend):
             ],
             f"--mem={resources.memory_gb}GB" if resources.memory_gb else "--mem=0",  # 0: shared by the steps
             f"--time={resources.time_limit_minutes}",
+            *([f"--exclude={','.join(sorted(avoid))}"] if avoid else []),
             *("--exact", "--kill-on-bad-exit=1", "--mpi=none", "--input=none", "--quiet"),
             *self._container_options,
             *self._slurm.srun,
@@ -196,9 +212,12 @@ class AllocationBackend(LocalBackend):
         files = (log_file(folder, job_id), folder / f"{job_id.partition(':')[0]}_srun.err")
         return [line for file in files for line in _last_lines(file) if line.startswith(("slurmstepd", "srun:"))]
 
-    def _jobs_that_fit(self) -> int | None:
-        """Return how many jobs fit into the allocation by its cores and GPUs; None if its size is unknown."""
-        answer = run_command("scontrol", "--oneliner", "show", "job", self._allocation or "") or ""
+    def _jobs_that_fit(self, answer: str) -> int | None:
+        """Return how many jobs fit into the allocation by its cores and GPUs; None if its size is unknown.
+
+        Args:
+            answer: of scontrol show job.
+        """
         sizes = {name: int(count) for name, count in re.findall(r"\b(Num(?:Nodes|CPUs|Tasks))=(\d+)", answer)}
         if not {"NumNodes", "NumCPUs"} <= sizes.keys():
             return None
@@ -224,6 +243,12 @@ def places_in(total: int, nodes: int, nodes_per_job: int, per_node: int) -> int:
     if total % nodes == 0:  # the nodes are alike, and a job on one cannot use what others have left
         total = nodes * per_node * (total // nodes // per_node)
     return total // (nodes_per_job * per_node)
+
+
+def _nodes(answer: str) -> frozenset[str]:
+    """Return the nodes of an allocation from the answer of scontrol show job; none if they are unknown."""
+    match = re.search(r" NodeList=(\S+)", answer)
+    return frozenset((run_command("scontrol", "show", "hostnames", match[1]) or "").split() if match else ())
 
 
 def _gpus(answer: str, sizes: Mapping[str, int]) -> int:

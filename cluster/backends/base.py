@@ -55,6 +55,13 @@ class Backend(Protocol):
         """
         ...
 
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
+        """Keep those of these jobs that have not started away from `nodes`; return whether jobs may run on other nodes.
+
+        If they may not, nothing is changed.
+        """
+        ...
+
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         """Change how many jobs of a submission may run at a time."""
         ...
@@ -105,4 +112,9 @@ def split_for_array(shards: Sequence[AnyShard], at_once: int, most: int) -> list
 
 def log_file(folder: Path, job_id: str) -> Path:
     """Return the path of the standard error of a job's first process; the file exists once the job has started."""
-    return folder / f"{job_id.split(':')[0]}_0_log.err"
+    return folder / f"{own_id(job_id)}_0_log.err"
+
+
+def own_id(job_id: str) -> str:
+    """Return the id by which a job knows itself: without the start time of a process."""
+    return job_id.split(":")[0]

@@ -122,6 +122,10 @@ class HeldBackend(AllocationBackend):
             ids.append(job_id)
         return ids
 
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
+        held = _queued("--me", f"--name={self._name}") or []
+        return self._sbatch.keep_away([job.id for job in held if job.state in _PENDING_STATES], nodes)
+
     def note_command(self, job_id: str, command: list[str]) -> None:
         super().note_command(job_id, command)
         held = [word.removeprefix("--jobid=") for word in command if word.startswith("--jobid=")]

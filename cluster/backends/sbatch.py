@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Mapping
 from functools import cache
@@ -96,13 +97,16 @@ def call_sbatch(script: Path, *options: str) -> subprocess.CompletedProcess[str]
         raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
 
 
-def refusal_of(script: Path) -> str | None:
-    """Ask Slurm whether it would accept a script, without submitting it; return why not, None if it would.
+def check_script(text: str) -> str | None:
+    """Ask Slurm whether it would accept a batch script, without submitting it; return why not, None if it would.
 
     Raises:
         SchedulerUnavailable: sbatch does not answer.
     """
-    answer = call_sbatch(script, "--test-only")
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "script.sh"
+        script.write_text(text, encoding="utf-8")
+        answer = call_sbatch(script, "--test-only")
     if any(sign in answer.stderr for sign in CONTROLLER_DOWN):
         raise SchedulerUnavailable(f"sbatch: {answer.stderr.strip()}")
     lines = answer.stderr.strip().splitlines() or [f"sbatch exited with code {answer.returncode}"]

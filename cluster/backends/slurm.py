@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.backends.base import JobsRemain, SchedulerUnavailable, Task, split_for_array
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import CONTROLLER_DOWN, SBATCH_PATIENCE, SbatchExecutor
+from cluster.backends.sbatch import CONTROLLER_DOWN, SBATCH_PATIENCE, SbatchExecutor, check_script
 from cluster.import_path import check_import_path
 from cluster.supervisor import kill_tree
 from cluster.worker import run_task
@@ -184,7 +184,7 @@ class SlurmBackend:
             "account": slurm.account,
             "qos": slurm.qos,
             "constraint": slurm.constraint,
-            "exclude": ",".join([*([slurm.exclude] if slurm.exclude else []), *sorted(avoid)]) or None,
+            "exclude": self._excluded(avoid) or None,
             "setup": slurm.commands or None,
             "additional_parameters": {option: value for option, value in options.items() if value is not False},
             # Some releases of srun do not inherit sbatch's CPUs. Without --kill-on-bad-exit, the other processes wait
@@ -203,10 +203,27 @@ class SlurmBackend:
         executor.update_parameters(wckey=None, **{key: value for key, value in parameters.items() if value is not None})
         return executor
 
-    def script(self, name: str, folder: Path) -> str:
+    def script(self, name: str, folder: Path, avoid: frozenset[str] = frozenset()) -> str:
         """Return the batch script of a job that computes nothing, with the options of all jobs of this stage."""
-        text: str = self._executor(name, folder, 1, frozenset())._make_submission_file_text("true", name)
+        text: str = self._executor(name, folder, 1, avoid)._make_submission_file_text("true", name)
         return text
+
+    def _excluded(self, avoid: frozenset[str]) -> str:
+        """Return the nodes that no job may use: those of the configuration, and `avoid`."""
+        return ",".join([*([self._slurm.exclude] if self._slurm.exclude else []), *sorted(avoid)])
+
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
+        if not nodes:
+            return True
+        # Ask first: if no node were left, Slurm would hold the jobs, with BadConstraints. Nodes that are down do not count.
+        try:
+            if check_script(self.script("check", Path(), nodes)) is not None:
+                return check_script(self.script("check", Path())) is not None  # what is refused has another cause
+        except SchedulerUnavailable:
+            return True
+        for array in _arrays(ids):  # fails for tasks that have started
+            run_command("scontrol", "update", f"jobid={array}", f"excnodelist={self._excluded(nodes)}")
+        return True
 
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         for array in _arrays(ids):

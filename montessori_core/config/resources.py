@@ -52,7 +52,8 @@ class Resources(Section):
     exclude_node_after: int = Field(
         3,
         ge=0,
-        description="Slurm: stop using a node after the jobs of this many different shards were lost on it; 0 is off.",
+        description="Slurm, also in an allocation: stop using a node after the jobs of this many different shards were lost "
+        "on it; 0 is off.",
     )
     duplicate_stragglers_after: float | None = Field(
         None,

@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.backends.local import LocalBackend
-from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.fanout import ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import only_driver
 from cluster.processes import seconds_since, start_time
+from cluster.progress import Progress
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
@@ -55,6 +56,12 @@ from support.squares import (
 )
 
 folder = squares.forking_folder
+
+
+def write_opening(folder: Path, line: str) -> None:
+    """Write the program of squares with a line more before it opens."""
+    first = '    if (folder / "does-not-open")'
+    (folder / "squares_program.py").write_text(PROGRAM.replace(first, f"    {line}\n{first}"))
 
 
 def test_one_job_computes_all_shards_in_order(folder: Path) -> None:
@@ -179,6 +186,69 @@ def test_failed_opening_ends_no_stage_that_opened(folder: Path, place: str, erro
     (folder / "broken").touch()
     assert results(run(folder)) == EXPECTED
     assert sorted(computed(folder)) == NUMBERS
+
+
+@pytest.mark.guarantee("program does not open")
+@pytest.mark.parametrize(
+    ("opens_first", "error", "starts"),
+    [
+        (False, "RuntimeError('No CUDA GPUs are available')", 2),
+        (False, "MemoryError()", 2),
+        (True, "ImportError('No module named transformers')", 3),
+    ],
+)
+def test_program_that_opens_no_more_ends_the_stage(folder: Path, opens_first: bool, error: str, starts: int) -> None:
+    """For example, an environment is removed while the first job runs: no shard uses up retries of its own."""
+    write_opening(folder, f"if not taken(folder / 'environment'): raise {error}")
+    if opens_first:
+        (folder / "environment").touch()
+        (folder / "kill-10").touch()
+    with pytest.raises(ShardsFailed) as failure:
+        run(folder, jobs=1, infrastructure_retries=1)
+    assert [failed.shard for failed in failure.value.failures] == list(range(int(opens_first), 6))
+    assert len((folder / "opened.txt").read_text().split()) == starts
+
+
+@pytest.mark.guarantee("program does not open")
+def test_program_whose_jobs_die_at_start_ends_the_stage(folder: Path) -> None:
+    """Without an error of their own, for example because a library was built for another processor."""
+    write_opening(folder, "os.kill(os.getpid(), signal.SIGILL)")
+    with pytest.raises(ShardsFailed, match="6 of 6 shards failed"):
+        run(folder, jobs=1, infrastructure_retries=0)
+    assert len((folder / "opened.txt").read_text().split()) == 2  # the cause might be in one shard
+
+
+@pytest.mark.guarantee("program does not open")
+def test_jobs_that_have_opened_the_program_finish(folder: Path) -> None:
+    lines = [
+        "if not taken(folder / 'environment'):",
+        "    while not any((folder / 'stage').glob('part-*.manifest.json')): time.sleep(0.01)",
+        "    raise ImportError('libcudnn.so.9')",
+    ]
+    write_opening(folder, "\n    ".join(lines))
+    (folder / "environment").touch()
+    with pytest.raises(ShardsFailed) as failure:
+        run(folder, jobs=2, seconds=0.7, infrastructure_retries=0)
+    assert len(failure.value.failures) == 3
+    assert len(computed(folder)) == 9  # all shards of the other job
+    assert len((folder / "opened.txt").read_text().split()) == 3
+
+
+def test_loss_is_counted_after_a_file_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which comes after the driver has seen that the job is gone."""
+    (folder / "fail-0").touch()
+    save, failures = Ledger.save, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def save_late(ledger: Ledger) -> None:
+        if failures and ledger.submissions[0].closed:
+            raise failures.pop()
+        save(ledger)
+
+    monkeypatch.setattr(Ledger, "save", save_late)
+    with pytest.raises(ShardsFailed, match="row 0 is bad"):
+        run(folder, SHARDS[:1])
+    assert failures == []
+    assert computed(folder) == [0]
 
 
 @pytest.mark.guarantee("memory of a GPU runs out")

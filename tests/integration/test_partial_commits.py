@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.fanout import ShardsFailed, fan_out
 from cluster.partial_commits import ShardRecorder, compute_rows, remove_partial_files
+from cluster.progress import Progress
 from cluster.stage import Stage
 from montessori_core.config import Resources
 from montessori_core.program import Recorder, Row, RowProgram

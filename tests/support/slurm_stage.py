@@ -4,7 +4,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.fanout import Progress, fan_out
+from cluster.fanout import fan_out
+from cluster.progress import Progress
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources, Slurm
 from montessori_core.program import Row

@@ -15,9 +15,10 @@ from cluster.backends import backend_at, open_backend
 from cluster.backends.allocation import AllocationBackend, _gpus, places_in
 from cluster.backends.local import process_of
 from cluster.driver_job import DriverStopped
-from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.fanout import ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.processes import start_time
+from cluster.progress import Progress
 from cluster.stage import Stage
 from cluster.status import cancel_jobs
 from cluster.step import environment_of
@@ -227,6 +228,12 @@ export SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID
 SLURMD_NODENAME=$node exec "$@"
 """
 """Runs a step here. The first is on node1, all others on node2."""
+SCONTROL = """
+case "$*" in
+  *hostnames*) printf "node1\\nnode2\\n";;
+  *) echo "JobId=17 ReqNodeList=(null) ExcNodeList=(null) NodeList=node[1-2] NumNodes=2 NumCPUs=4";;
+esac
+"""
 
 
 @pytest.mark.guarantee("program does not open on one node")
@@ -256,6 +263,46 @@ def test_program_must_fail_to_open_on_two_nodes(
     with pytest.raises(ShardsFailed, match="6 of 6 shards failed"):
         drive()
     assert len((folder / "opened.txt").read_text().split()) == 2
+
+
+@pytest.mark.guarantee("program does not open on one node")
+def test_broken_node_of_an_allocation_uses_up_no_retries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails fast, so it is always free; node2 computes one job at a time."""
+    srun = f"""
+node=node1
+for option; do case "$option" in --exclude=node1) node=node2;; --exclude=*) exit 1;; esac; done
+while [ "${{1#--}}" != "$1" ]; do shift; done
+exec 9>{folder}/$node; flock -n 9 || {{ node=node2; exec 9>{folder}/node2; flock 9; }}
+echo $node >>{folder}/nodes
+export SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+SLURMD_NODENAME=$node exec "$@"
+"""
+    put_command(folder / "bin" / "srun", srun)
+    put_command(folder / "bin" / "scontrol", SCONTROL)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    broken = "    if os.environ['SLURMD_NODENAME'] == 'node1': raise ImportError('libcudnn.so.9')\n    if taken("
+    (folder / "squares_program.py").write_text(squares.PROGRAM.replace("    if taken(", broken, 1))
+    resources = Resources(parallel_jobs=2, shards_per_job=1, infrastructure_retries=1, exclude_node_after=2)
+    parts = fan_out(squares.stage(folder, 0.3), as_shards(*squares.SHARDS), resources, ALLOCATION)
+    assert squares.results(parts) == squares.EXPECTED
+    assert 1 <= (folder / "nodes").read_text().split().count("node1") <= 2
+
+
+def test_nodes_of_an_allocation_are_used_again_if_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_command(tmp_path / "bin" / "scontrol", SCONTROL)
+    put_command(tmp_path / "bin" / "srun", f'echo "$*" >>{tmp_path}/steps')
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    backend = open_backend(ALLOCATION, Resources(cpus_per_process=1), None)
+    one, both, earlier = frozenset({"node1"}), frozenset({"node1", "node2"}), frozenset({"node7"})
+    assert [backend.keep_away([], nodes) for nodes in (one, both, earlier)] == [True, False, True]
+    for number, avoid in enumerate((one, both, earlier)):
+        backend.submit(f"s{number}", tmp_path / f"s{number}", [[0]], tmp_path, 1, avoid)
+    wait_until(lambda: (tmp_path / "steps").exists() and (tmp_path / "steps").read_text().count("\n") == 3)
+    excluded = {line.split("--job-name=")[1][:2]: "--exclude=node1 " in line for line in (tmp_path / "steps").open()}
+    assert excluded == {"s0": True, "s1": False, "s2": False}
+    assert (tmp_path / "steps").read_text().count("--exclude") == 1
 
 
 def test_local_jobs_end_after_profile_changed() -> None:

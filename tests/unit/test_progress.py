@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.fanout import Progress
-from cluster.progress import rows_per_second
+from cluster.progress import Progress, rows_per_second
 from cluster.records import Manifest, ShardProgress
 from cluster.stage import RowClock
 from montessori_core.files import read_json
@@ -48,13 +47,13 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_clock_ignores_rows_before_its_start(tmp_path: Path, now: Callable[[float], None]) -> None:
-    clock = RowClock(tmp_path / "progress.json", pause=0.0)
+    clock = RowClock(tmp_path / "progress.json", "7_3", pause=0.0)
     now(1060.0)  # the model is loaded
     clock(50)
-    assert read_json(tmp_path / "progress.json") == {"done": 50, "row_seconds": None}
+    assert read_json(tmp_path / "progress.json") == {"done": 50, "row_seconds": None, "job_id": "7_3"}
     now(1061.0)
     clock(50.25)
-    assert read_json(tmp_path / "progress.json") == {"done": 50.25, "row_seconds": 4.0}
+    assert read_json(tmp_path / "progress.json") == {"done": 50.25, "row_seconds": 4.0, "job_id": "7_3"}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *states: Progress) -> list[tuple[str, str, str]]:

@@ -93,6 +93,30 @@ def test_alive_leaves_out_jobs_that_slurm_holds(
     assert backend.alive("name", ["17_0"]) == ({"17_0"} if alive else set())
 
 
+@pytest.mark.parametrize(
+    ("refused", "other_node", "updated"),
+    [
+        ("*exclude=node9,node1*", False, ""),
+        ("*", True, ""),  # for another reason
+        ("never", True, "update jobid=17 excnodelist=node9,node1\nupdate jobid=18 excnodelist=node9,node1\n"),
+    ],
+)
+def test_queued_jobs_are_kept_away_from_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, other_node: bool, updated: str
+) -> None:
+    """Slurm would hold a job for which no node is left, so it is asked first."""
+    become_login_node(
+        monkeypatch,
+        tmp_path,
+        sbatch=f'case "$*" in {refused}) echo "allocation failure: not available" >&2; exit 1;; esac',
+        scontrol=f'echo "$*" >>{tmp_path}/updates',
+    )
+    (tmp_path / "updates").touch()
+    backend = SlurmBackend(Slurm(exclude="node9"), Resources(), None)
+    assert backend.keep_away(["17_0", "17_1", "18"], frozenset({"node1"})) == other_node
+    assert sorted((tmp_path / "updates").read_text().splitlines(True)) == updated.splitlines(True)
+
+
 @pytest.mark.parametrize("command", ["sbatch", "srun"])
 def test_missing_command_of_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     become_login_node(monkeypatch, tmp_path)

@@ -14,7 +14,8 @@ import pytest
 
 from cluster.backends.base import JobsRemain
 from cluster.backends.slurm import largest_array
-from cluster.fanout import Progress, ShardsFailed
+from cluster.fanout import ShardsFailed
+from cluster.progress import Progress
 from cluster.status import cancel_jobs
 from montessori_core.config import Cluster, Slurm
 from montessori_core.config.slurm import Container, JobOptions

@@ -67,6 +67,21 @@ def test_shards_use_all_gpus_of_allocation(folder: Path) -> None:
     wait_until(lambda: queued() == [], 60)
 
 
+@pytest.mark.guarantee("program does not open on one node")
+@pytest.mark.slow
+def test_broken_node_uses_up_no_retries(folder: Path) -> None:
+    """It fails fast, so it always has a free GPU."""
+    broken = "    if os.environ['SLURMD_NODENAME'] == 'node1': raise ImportError('libcudnn.so.9')\n    if taken("
+    (folder / "squares_program.py").write_text(local.PROGRAM.replace("    if taken(", broken, 1))
+    driver = start(folder, 0.5, shards_per_job=1, infrastructure_retries=1)
+    _, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    assert results(folder) == local.EXPECTED
+    assert sorted(local.computed(folder)) == local.NUMBERS
+    nodes = [local.stage(folder).node_of(job_id) for entry in submissions(folder) for job_id in entry.ids or []]
+    assert 1 <= nodes.count("node1") <= 4  # two at first, and up to two until the node is excluded
+
+
 @pytest.mark.guarantee("allocation ends")
 @pytest.mark.slow
 def test_next_allocation_continues_after_the_end_of_one(folder: Path) -> None:

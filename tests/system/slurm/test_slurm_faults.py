@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from cluster.fanout import ShardsFailed
+from cluster.progress import Progress
 from montessori_core.config import Slurm
 from support import squares as local
 from support import wait_until
@@ -115,6 +117,40 @@ def test_node_that_loses_shards_is_excluded(folder: Path, death: str) -> None:
     places = [{local.stage(folder).node_of(job_id) for job_id in s.ids or []} for s in submissions(folder)]
     assert any("node1" in nodes for nodes in places)
     assert places[-1] == {"node2"}
+
+
+@pytest.mark.guarantee("program does not open on one node")
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [("node1",), ("node1", "node2")])
+def test_broken_node_takes_no_more_of_a_full_queue(folder: Path, broken: tuple[str, ...]) -> None:
+    """All other nodes are busy, so each job of the queue would start on it."""
+    opening = f"""if os.environ["SLURMD_NODENAME"] in {broken!r}:
+        time.sleep(5)  # longer than the driver takes to see that a job has ended
+        raise ImportError("libcudnn.so.9")
+    if taken("""
+    (folder / "squares_program.py").write_text(local.PROGRAM.replace("if taken(", opening, 1))
+    command = ["sbatch", "--parsable", "--nodelist=node2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600"]
+    busy = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    wait_until(lambda: bool(queued(f"--jobs={busy}", "--states=RUNNING")), 60)
+    opened, failures, waiting = folder / "opened.txt", folder / "stage" / "failures", []
+
+    def free_node2(progress: Progress) -> None:
+        if any(failures.iterdir()):
+            waiting.append(queued("--states=PENDING", "--format=%i"))
+        if len(waiting) == 30:  # polls, in 15 seconds
+            subprocess.run(["scancel", busy], check=True)
+
+    drive = partial(run, folder, slurm=ONE_A_NODE, parallel_jobs=6, on_progress=free_node2)
+    if len(broken) == 1:
+        assert local.results(drive()) == EXPECTED
+    else:
+        with pytest.raises(ShardsFailed, match="6 of 6 shards failed"):
+            drive()
+    assert len(waiting) >= 30  # the first failure did not end the stage
+    nodes = [local.stage(folder).node_of(job_id) for s in submissions(folder) for job_id in s.ids or []]
+    assert nodes.count("node1") <= 2  # the second may start before the driver sees the first fail
+    if len(broken) == 2:
+        assert len(opened.read_text().split()) <= 4
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster.fanout import Progress
+from cluster.progress import Progress
 from cluster.stage import Stage
 from flows.methods import REGISTRY
 from montessori_core import programs
