@@ -104,7 +104,7 @@ class Inputs:
     @property
     def examples(self) -> list[Task]:
         """The examples as tasks, in memory."""
-        return list(_tasks_of(self.rows))
+        return list(tasks_of(self.rows))
 
     @property
     def adamw(self) -> dict[str, float]:
@@ -163,7 +163,7 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
                 write_tasks(tasks, file)
                 targets.append(Target(name, tasks, file))
             rows = task_rows(folder / _EXAMPLES, ExampleRow)
-            warnings = thinking_warning("examples", _tasks_of(rows))
+            warnings = thinking_warning("examples", tasks_of(rows))
             for target in targets:
                 name = f"reference {target.name}" if measurement.targets else "reference"
                 warnings += thinking_warning(name, target.examples)
@@ -173,7 +173,7 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
             yield Inputs(rows, first.examples, models, {"reference": first.file}, targets)
 
 
-def _tasks_of(rows: Rows) -> Iterator[Task]:
+def tasks_of(rows: Rows) -> Iterator[Task]:
     """Yield the rows as tasks, with a few of them in memory."""
     for table in rows.tables():
         for row in table.to_pylist():

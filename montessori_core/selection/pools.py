@@ -24,6 +24,7 @@ from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_tab
 from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.export.sets import INSTRUCTION, OUTPUT, SCHEMAS, RunSet, open_set
+from montessori_core.influence.table import ExamplesHash, hash_of_examples
 from montessori_core.program import Row
 from montessori_core.selection.columns import schema_of_rows, text_columns
 
@@ -151,12 +152,13 @@ class InfluencePool(Pool):
         left_out = {"kind", "source", "teacher", "iteration"}
         fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
         self._not_passed_on = text_columns(examples) | {field.name for field in fields}
-        conversations = 0
+        conversations, self._hash = 0, ExamplesHash()
 
         def columns() -> Iterator[Row]:
             nonlocal conversations
             for task, row in self._tasks():
                 conversations += bool(task.before)
+                self._hash.add(task)
                 yield self._own_columns(row)
 
         own = schema_of_rows(columns())
@@ -170,6 +172,23 @@ class InfluencePool(Pool):
         self._read = {FINISHED, *texts, *own.names}  # from the examples
         with open_parquet(path) as file:
             check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
+        self.check_examples(ParquetPool(path, name))
+
+    def check_examples(self, table: ParquetPool) -> None:
+        """Check that an influence table is of these examples, or of some of them; of earlier versions, any table passes.
+
+        Raises:
+            DataError: it is of others.
+        """
+        recorded = hash_of_examples(table.schema) if table.schema else None
+        if recorded in (None, str(self._hash)):
+            return
+        measured = {row["example_id"] for row in table.rows(["example_id"])}
+        if recorded != str(ExamplesHash(task for task, _ in self._tasks() if task.example_id in measured)):
+            raise DataError(
+                f"{table.name}: --examples {self._examples.path} is not the data that was measured; give that, unchanged and "
+                "read as then (its turns and fields)"
+            )
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
@@ -275,11 +294,16 @@ def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: 
     if path.suffix != ".parquet" or not path.is_file():
         return FilesPool(path)
     pool = ParquetPool(path, name)
-    if name_of_table(pool.schema) != name_of_table(INFLUENCE):
-        return pool
+    return (
+        open_influence(path, examples, form, name) if name_of_table(pool.schema) == name_of_table(INFLUENCE) else pool
+    )
+
+
+def open_influence(path: Path, examples: DataSource | None, form: str | None, name: str | None = None) -> InfluencePool:
+    """Open an influence table with its examples; see `open_pool`."""
     if examples is None:
         raise DataError(
-            f"{pool.name}: an influence table has no texts; give the data that was measured with --examples"
+            f"{name or path}: an influence table has no texts; give the data that was measured with --examples"
         )
     return InfluencePool(path, examples, form, name)
 

@@ -13,6 +13,7 @@ from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import EXAMPLES as EXAMPLE_TABLE
 from montessori_core.data.tables import INFLUENCE, read_table, write_table
 from montessori_core.files import read_json
+from montessori_core.influence.table import read_influence_metadata_of, schema_with_metadata
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 from montessori_core.models.examples import encode_task
 from montessori_core.models.load import load_merged, load_model, load_tokenizer
@@ -106,6 +107,48 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
     assert (student / "README.md").read_text() == scored
     code, output = train(tiny_llama, best, student, "--save-moments")
     assert code == 0, output
+
+
+def test_selection_needs_the_measured_examples(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rows without ids are joined by their place, so that other rows would fit."""
+    rows = [{"instruction": f"Describe object {n}.", "output": f"Object {n}." + " Yes." * (n % 3)} for n in range(6)]
+    edited = [*rows[:2], rows[2] | {"output": "Another answer."}, *rows[3:]]
+    files = {"data": rows, "reversed": rows[::-1], "edited": edited, "longer": [*rows, EXAMPLES[0]]}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    for name in ("data", "reversed"):
+        given = ["--examples", f"{name}.jsonl", "--reference", "data.jsonl", "--out", f"{name}.parquet"]
+        code, output = invoke(
+            "influence", "--student", str(tiny_llama), *given, "--estimator", "first_order", cwd=tmp_path
+        )
+        assert code == 0, output
+    table = read_table(tmp_path / "data.parquet", INFLUENCE)
+    write_table(table.slice(0, 3), tmp_path / "part.parquet", INFLUENCE)
+    write_table(
+        table.replace_schema_metadata(schema_with_metadata(read_influence_metadata_of(table)).metadata),
+        tmp_path / "earlier.parquet",
+        INFLUENCE,
+    )
+    other = "is not the data that was measured"
+    for number, (tables, examples, refusal) in enumerate(
+        [
+            (["data"], "data", None),
+            (["data"], "longer", None),
+            (["part"], "data", None),
+            (["earlier"], "edited", None),
+            (["earlier", "data"], "data", None),
+            (["data"], "reversed", f"data.parquet: --examples reversed.jsonl {other}"),
+            (["data"], "edited", f"data.parquet: --examples edited.jsonl {other}"),
+            (["part"], "edited", f"part.parquet: --examples edited.jsonl {other}"),
+            (["data", "reversed"], "data", f"reversed.parquet: --examples data.jsonl {other}"),
+            (["earlier", "data"], "edited", f"data.parquet: --examples edited.jsonl {other}"),
+        ]
+    ):
+        pools = [f"{name}.parquet" for name in tables]
+        options = ["--examples", f"{examples}.jsonl", "--k", "3", "--output", f"best-{number}.jsonl"]
+        code, output = invoke("select", *pools, *options, cwd=tmp_path)
+        assert code == (0 if refusal is None else 1), output
+        assert (refusal or "3 of ") in " ".join(output.split())
 
 
 def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: Path) -> None:
