@@ -24,6 +24,7 @@ from montessori_core.config import (
     Used,
     parse_experiment,
     read_experiment,
+    with_student,
     without_unused,
     write_yaml,
 )
@@ -54,7 +55,7 @@ _USED: Used = {
         Experiment,
         ("name", "seed", "student", "evaluation", "synthesis", "influence", "judge", "benchmarks", "cluster"),
     ),
-    "student": (Student, ("model", "max_length", "chat_template", "chat_template_kwargs")),
+    "student": (Student, ("model", "revision", "max_length", "chat_template", "chat_template_kwargs")),
     "synthesis": (Synthesis, ("engine", "engine_options", "instructions_per_shard")),
     "influence": (Influence, ("reference_batch_tokens",)),
     "cluster.resources": (StageResources, ("generation", "evaluation", "judging")),
@@ -89,7 +90,8 @@ def evaluate(experiment: Experiment, model: str, name: Annotated[FolderName, Fie
         model: folder or Hugging Face id of the model.
         name: name of the evaluation and of its folder.
     """
-    used = evaluated_experiment(experiment.model_dump(mode="json"), model, name, "experiment")
+    content = with_student(experiment.model_dump(mode="json"), model)
+    used = evaluated_experiment(content, model, name, "experiment")
     evaluation, warnings = open_evaluation(used, run_root() / name)
     log_warnings(warnings)
     _evaluate(evaluation)
@@ -137,7 +139,8 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows)
     check_benchmarks(experiment.benchmarks, {})
     check_environment(experiment)
-    pinned = experiment.student.model_copy(update={"revision": commits.get(experiment.student.model)})
+    student = experiment.student
+    pinned = student.model_copy(update={"revision": commits.get(student.model, student.revision)})
     commit = commit_of(check_student(pinned))
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
