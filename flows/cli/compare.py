@@ -40,7 +40,8 @@ def compare(
         cluster = cluster and find_configuration(cluster, "clusters").resolve()
         enter_directory(seeds[0])
     settings = read_study(study, tuple(set_ or []))
-    settings = settings.model_copy(update={"experiment": on_cluster(settings.experiment, cluster, study)})
+    experiment = on_cluster(settings.experiment, cluster, study, set_ or ())
+    settings = settings.model_copy(update={"experiment": experiment})
     if as_job:
         check_driver_job(settings.experiment)
     folder = run_root / settings.name

@@ -106,7 +106,7 @@ def with_options(message: str, options: Mapping[str, str]) -> str:
     return _FIELD.sub(option_of, message)
 
 
-def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overrides: Sequence[str] = ()) -> Experiment:
+def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overrides: Sequence[str]) -> Experiment:
     """Replace the cluster section of an experiment by a cluster file.
 
     Raises:
