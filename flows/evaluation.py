@@ -146,7 +146,7 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     with only_driver(folder):
         model = open_student(pinned, run.folder)
         warnings = [*thinking_warning("evaluation.path", examples), *idle_gpus(experiment.cluster)]
-        changed = _copy_examples(examples, bad_rows, run)
+        changed = [*_copy_examples(examples, bad_rows, run), *_changed_model(run, model)]
         if changed or (config.exists() and read_experiment(config).benchmarks != experiment.benchmarks):
             (folder / RESULT).unlink(missing_ok=True)
         warnings += changed
@@ -189,6 +189,17 @@ def _copy_examples(examples: list[Task], bad_rows: list[BadRow], run: Run) -> li
     return [
         f"evaluation.path: {run.experiment.evaluation.path} has changed since the last evaluation named "
         f"{run.experiment.name}; the held-out loss is computed again. To keep both results, use another --name"
+    ]
+
+
+def _changed_model(run: Run, model: Model) -> list[str]:
+    """Return a warning if the model is another than at the last evaluation in a folder."""
+    before = (read_json(run.folder / layout.PROVENANCE) or {}).get("student_sha256")
+    if before in (None, model.sha256):
+        return []
+    return [
+        f"{run.experiment.student.model} has changed since the last evaluation named {run.experiment.name}; it is evaluated "
+        "again. To keep both results, use another --name"
     ]
 
 

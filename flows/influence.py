@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -25,7 +26,7 @@ from montessori_core.influence.table import ExamplesHash, join_influence, join_t
 from montessori_core.layout import CONFIG, DRIVER_LOCK
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
-from tasks.resume import STUDY, command_of, record_command
+from tasks.resume import STUDY, command_of, record_command, remove_stale
 from tasks.run import stage_of
 from tasks.screening import estimate_influence
 
@@ -72,6 +73,7 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
         examples = ExamplesHash(tasks_of(inputs.rows))
         missing = next((table for table in tables if not table.exists()), tables[-1])
         unused = _folders_of_earlier_sets(folder, measurement)
+        remove_stale(folder, _decides(measurement, inputs), tables)
         record_command(folder, command, measurement.student.model, missing, measurement.cluster, unused)
         for number, (target, table) in enumerate(zip(inputs.targets, tables, strict=True)):
             of_target = folder / _folder_on(target.name) if measurement.targets else folder
@@ -80,6 +82,17 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
             measured = estimate_influence(stages, measurement.settings, measurement.baseline)
             write_table(with_examples(measured, examples), table, INFLUENCE)
     return tables
+
+
+def _decides(measurement: Measurement, inputs: Inputs) -> dict[str, Any]:
+    """Return the settings and hashes of inputs that decide the tables of a measurement."""
+    return {
+        "settings": measurement.settings.model_dump(mode="json"),
+        "baseline": measurement.baseline,
+        "max_length": measurement.student.max_length,
+        "numbers": measurement.store.numbers if measurement.store else None,
+        "inputs": inputs.hashes,
+    }
 
 
 def tables_of(measurement: Measurement, out: Path) -> list[Path]:

@@ -97,6 +97,13 @@ class Inputs:
     files: Mapping[str, Path]
     targets: Sequence[Target] = ()
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of models, reference sets and examples."""
+        files = [*(target.file for target in self.targets), self.rows.source]
+        models = {name: model.sha256 for name, model in self.models.items()}
+        return {**models, **{file.name: hash_path(file) for file in files if isinstance(file, Path)}}
+
     def on(self, target: Target) -> "Inputs":
         """Return the inputs of a measurement on this reference set."""
         return replace(self, reference=target.examples, files={"reference": target.file})

@@ -1,10 +1,12 @@
 """An evaluation of any model: what it checks, and what the same name again does."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flows.cli.evaluate import _derive_name
 from flows.evaluation import RESULT, Evaluation, evaluate, evaluated_experiment, open_evaluation
@@ -42,6 +44,22 @@ def test_changed_evaluation_set_replaces_the_copy(tiny_llama: Path, tmp_path: Pa
     assert "set.jsonl has changed since the last evaluation named mine; the held-out loss is computed again" in warning
     (example,) = load_tasks(evaluation.run.source_file("evaluation"))
     assert example.instruction == "Describe birds."
+
+
+def test_result_of_a_changed_model_is_removed(tiny_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    evaluation, _ = opened(tmp_path, model)
+    result = evaluation.run.folder / RESULT
+    result.touch()
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    _, (warning,) = opened(tmp_path, model)
+    assert "model has changed since the last evaluation named mine; it is evaluated again" in warning
+    assert not result.exists()
+    result.touch()
+    assert opened(tmp_path, model)[1] == []
+    assert result.exists()
 
 
 def test_changed_settings_of_an_evaluation_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
