@@ -29,6 +29,7 @@ from montessori_core.config import (
     write_yaml,
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
+from montessori_core.data.origins import Origin, write_origins
 from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tasks
 from montessori_core.data.tables import open_parquet
 from montessori_core.errors import UserError
@@ -135,12 +136,13 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
     commits, config = _check_folder(experiment, folder), folder / layout.CONFIG
-    run, bad_rows = Run(folder.resolve(), experiment), list[BadRow]()
-    examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows)
+    run, bad_rows, origins = Run(folder.resolve(), experiment), list[BadRow](), dict[str, Origin]()
+    examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins)
     check_benchmarks(experiment.benchmarks, {})
     check_environment(experiment)
     student = experiment.student
-    pinned = student.model_copy(update={"revision": commits.get(student.model, student.revision)})
+    name = f"{student.model}@{student.revision or 'main'}"
+    pinned = student.model_copy(update={"revision": commits.get(name, student.revision)})
     commit = commit_of(check_student(pinned))
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
@@ -151,10 +153,11 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
             (folder / RESULT).unlink(missing_ok=True)
         warnings += changed
         copy_benchmarks(experiment.benchmarks, run.folder / layout.SOURCES, {})
-        write_json({} if commit is None else {experiment.student.model: commit}, folder / layout.MODEL_COMMITS)
+        write_json({} if commit is None else {name: commit}, folder / layout.MODEL_COMMITS)
+        write_origins(origins, folder / layout.ORIGINS)
         write_provenance(folder, {"student": model.sha256})
-        name, cluster = experiment.student.model, experiment.cluster
-        record_command(folder, command_to_evaluate(name, folder), name, folder / RESULT, cluster)
+        command = command_to_evaluate(student.model, folder)
+        record_command(folder, command, student.model, folder / RESULT, experiment.cluster)
         write_yaml(experiment, config)
     open_backend(experiment.cluster, experiment.cluster.resources.evaluation, None).prepare()
     return Evaluation(run, model), warnings
