@@ -16,6 +16,7 @@ from montessori_core.files import read_json
 from montessori_core.influence.table import read_influence_metadata_of, schema_with_metadata
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 from montessori_core.models.examples import encode_task
+from montessori_core.models.fingerprints import hash_model
 from montessori_core.models.load import load_merged, load_model, load_tokenizer
 from montessori_core.selection.pools import FilesPool
 from support import ROOT
@@ -162,6 +163,28 @@ def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: P
         assert code == 0, output
         weights[name] = load_model(str(tmp_path / name), torch.float32).get_input_embeddings().weight
     assert not torch.equal(weights["all"], weights["some"])
+
+
+@pytest.mark.parametrize("options", [[], ["--set", "student.lora={rank: 4}", "--merge"]], ids=["full", "merged"])
+def test_folder_of_something_else_is_no_finished_student(options: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "student"
+    data.write_text("\n".join(map(json.dumps, EXAMPLES[:4])))
+    code, text = train(tiny_llama, data, output, *options)
+    assert code == 0, text
+    trained = output.rename(tmp_path / "trained")
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    for _ in range(2):
+        code, text = train(tiny_llama, data, output, *options)
+        assert (code, "has a student of another training; nothing is overwritten" in text) == (1, True), text
+        shutil.rmtree(output)
+        shutil.copytree(tiny_llama, output)
+    shutil.rmtree(output)
+    code, text = train(tiny_llama, data, output, *options)
+    assert code == 0, text
+    assert hash_model(output) == hash_model(trained)
+    (output / "README.md").write_text("# Edited")
+    assert train(tiny_llama, data, output, *options)[0] == 0
 
 
 def test_training_leaves_out_bad_lines(tiny_llama: Path, tmp_path: Path) -> None:
