@@ -11,6 +11,7 @@ from prefect import flow
 
 from cluster.fanout import ShardsFailed
 from cluster.lock import only_driver
+from flows.disk import warn_of_study
 from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import end_jobs_in, log_warnings, run_root
 from flows.learning import follow_teacher
@@ -210,7 +211,7 @@ def compare(study: Study, submit_driver: bool = False) -> None:
 
     def start() -> list[SeedRuns]:
         seeded, warnings = open_study(study, folder)
-        log_warnings(warnings)
+        log_warnings([*warnings, *warn_of_study(study, [seeded[0].run, *seeded[0].others], folder)])
         return seeded
 
     if submit_driver:

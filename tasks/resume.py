@@ -22,6 +22,8 @@ from montessori_core.files import hash_json, read_json, write_json
 _log = logging.getLogger(__name__)
 
 STUDY = "study.yaml"
+RUN_ROOT = "MONTESSORI_RUN_ROOT"
+"""Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
 _COMMAND = "command.json"
 _DECIDES = "decides.json"
 _KINDS = {
@@ -75,6 +77,11 @@ def record_command(
         unused=list(unused),
     )
     write_json(command.model_dump(mode="json"), folder / _COMMAND)
+
+
+def run_root_option() -> str:
+    """Return what names the folder of runs, for messages: the option, or in a flow run of Prefect the variable."""
+    return RUN_ROOT if "PREFECT__FLOW_RUN_ID" in os.environ else "--run-root"
 
 
 def remove_stale(folder: Path, decides: Mapping[str, Any], results: Sequence[Path]) -> None:

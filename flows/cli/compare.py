@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cluster.status import stages_of
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
@@ -48,9 +47,7 @@ def compare(
     if seeds and run_root == study.parent.parent and settings.name == read_study(study).name:
         folder = study.parent  # it may have been copied or renamed
     seeded, warnings = open_study(settings, folder)
-    warn(warnings)
-    if not stages_of(folder):
-        warn(warn_of_study(settings, [seeded[0].run, *seeded[0].others], folder))
+    warn([*warnings, *warn_of_study(settings, [seeded[0].run, *seeded[0].others], folder)])
     if as_job:
         folder = folder.resolve()
         submit_command(folder, command_to_compare(folder), settings.experiment.cluster.slurm)
