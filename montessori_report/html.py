@@ -22,6 +22,7 @@ from montessori_report.figures import Figure, slug
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_OWN = re.compile(rb'<meta name="generator" content="Montessori">|Montessori[^<]*</title>')
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class Page:
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page of this package, by its title."""
+    """Return whether a file is a page of this package; one of an earlier version is known by its title."""
     with path.open("rb") as stream:
-        return re.search(rb"Montessori[^<]*</title>", stream.read(4096)) is not None
+        return _OWN.search(stream.read(4096)) is not None
 
 
 def build_page(

@@ -253,6 +253,20 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
     assert (run / "report.html").read_text() == (tmp_path / "elsewhere" / "mine.html").read_text()
 
 
+def test_own_page_is_known_whatever_its_title(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    pages.build_page(
+        "Montessori comparison of runs", "run · " * 2000, [], [pages.Section("overview", "Overview")]
+    ).write(page)
+    assert pages.is_page(page)
+    for text, own in (
+        ("<title>a – Montessori report</title>", True),  # of an earlier version
+        ('<meta name="generator" content="Hugo"><title>School</title>', False),
+    ):
+        page.write_text(text)
+        assert pages.is_page(page) == own
+
+
 def test_unwritable_page_is_named_with_remedy(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml" / "mine.html"), cwd=tmp_path)
