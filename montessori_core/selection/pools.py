@@ -273,18 +273,22 @@ def open_pool(path: Path, examples: DataSource | None = None, form: str | None =
         name: of a Parquet file, for errors; None: its path.
 
     Raises:
-        DataError: it is none of these, an influence table without its examples, or has no texts in another format.
+        DataError: it is none of these, an influence table without its examples, or another pool with examples or a form.
     """
     path = Path(os.path.expanduser(path))
     pool = _open_pool(path, examples, form, name)
-    check_form(pool, form)
+    check_texts(pool, examples, form)
     return pool
 
 
-def check_form(pool: Pool, form: str | None) -> None:
-    """Raise a DataError if the texts of a pool cannot be written in this form; see `open_pool`."""
-    if form is not None and not isinstance(pool, InfluencePool):
+def check_texts(pool: Pool, examples: DataSource | None, form: str | None) -> None:
+    """Raise a DataError if a pool with texts of its own gets those of examples, or another form; see `open_pool`."""
+    if isinstance(pool, InfluencePool):
+        return
+    if form is not None:
         raise DataError(f"{pool.name}: only the texts of an influence table can be written as {form}; leave out --to")
+    if examples is not None:
+        raise DataError(f"{pool.name}: has its own texts; leave out --examples, which is for influence tables")
 
 
 def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: str | None) -> Pool:
