@@ -87,7 +87,7 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
 def _decides(measurement: Measurement, inputs: Inputs) -> dict[str, Any]:
     """Return the settings and hashes of inputs that decide the tables of a measurement."""
     return {
-        "settings": measurement.settings.model_dump(mode="json"),
+        "settings": measurement.settings.model_dump(mode="json", exclude_none=True),
         "baseline": measurement.baseline,
         "max_length": measurement.student.max_length,
         "numbers": measurement.store.numbers if measurement.store else None,

@@ -150,10 +150,10 @@ def _decides(validation: Validation, warmup: Sequence[Task], inputs: Inputs) -> 
     """Return the settings and hashes of inputs that decide the result of a validation."""
     measurement = validation.measurement
     return {
-        "settings": [settings.model_dump(mode="json") for settings in validation.settings],
+        "settings": [settings.model_dump(mode="json", exclude_none=True) for settings in validation.settings],
         "baseline": measurement.baseline,
         "max_length": measurement.student.max_length,
-        "recipe": validation.recipe.model_dump(mode="json"),
+        "recipe": validation.recipe.model_dump(mode="json", exclude_none=True),
         **{name: getattr(validation, name) for name in ("exact", "subsets", "subset_size", "groups", "seed")},
         "warmup": [vars(task) for task in warmup],
         "inputs": inputs.hashes,

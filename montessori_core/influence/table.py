@@ -80,11 +80,10 @@ class ExamplesHash:
         return f"{self._sum % 2**128:032x}"
 
 
-def with_examples(table: pa.Table | pa.RecordBatchReader, examples: ExamplesHash) -> pa.RecordBatchReader:
+def with_examples(table: pa.RecordBatchReader, examples: ExamplesHash) -> pa.RecordBatchReader:
     """Return the rows of an influence table, with the hash of its examples as metadata."""
     schema = table.schema.with_metadata({**table.schema.metadata, _EXAMPLES: str(examples).encode()})
-    batches = table.to_batches() if isinstance(table, pa.Table) else table
-    return pa.RecordBatchReader.from_batches(schema, (batch.cast(schema) for batch in batches))
+    return pa.RecordBatchReader.from_batches(schema, (batch.cast(schema) for batch in table))
 
 
 def hash_of_examples(schema: pa.Schema) -> str | None:
