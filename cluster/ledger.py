@@ -33,7 +33,8 @@ class Submission:
         host: host of local jobs and of the steps of an allocation; None for Slurm jobs.
         at_once: how many of the jobs the scheduler may run at a time.
         gpus: GPUs of each job.
-        steps: whether the jobs are steps of a Slurm job, each started by an srun process of `host`.
+        steps: whether the jobs are steps of a Slurm job, each started by an srun process of `host`; None if unknown: earlier
+            versions did not record it.
         ids: ids of the jobs; None until the scheduler has answered.
         missed: consecutive polls that did not find a job, by job id.
         lost: class of the loss, by id, of each lost job whose shards were submitted again.
@@ -47,7 +48,7 @@ class Submission:
     host: str | None
     at_once: int
     gpus: int = 0
-    steps: bool = False
+    steps: bool | None = None
     ids: list[_JobId] | None = None
     missed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -96,21 +97,28 @@ class Ledger:
 def close_submissions(ledger: Ledger, cluster: Cluster, submissions: Sequence[Submission] | None = None) -> int:
     """End the jobs of open submissions, by default of all, even if their ids were never recorded; return their number.
 
-    Jobs of one backend end together: each may take a while.
+    Jobs of one backend end together: each may take a while. An error of one does not keep those of others from ending.
 
     Raises:
         JobsRemain: some jobs may still run; their submissions stay open.
         SchedulerUnavailable: it cannot be asked for jobs without recorded ids.
+        OSError: the ledger cannot be written.
     """
     submissions = ledger.open_submissions() if submissions is None else submissions
-    places: dict[tuple[str | None, bool], list[Submission]] = {}
+    places: dict[tuple[str | None, bool | None], list[Submission]] = {}
     for submission in submissions:
         places.setdefault((submission.host, submission.steps), []).append(submission)
+    problems: list[UserError | OSError] = []
     for (host, steps), group in places.items():
-        _end_jobs(group, backend_at(host, steps, cluster), ledger.folder)
-        for submission in group:
-            submission.closed = True
-        ledger.save()
+        try:
+            _end_jobs(group, backend_at(host, steps, cluster), ledger.folder)
+            for submission in group:
+                submission.closed = True
+            ledger.save()
+        except (UserError, OSError) as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
     return len(submissions)
 
 

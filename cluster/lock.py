@@ -99,9 +99,8 @@ def no_driver(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.truncate(0)
-            lock.write(before)  # in a driver's job, that the job drives the run
-            lock.flush()
+            if before is None or not before.is_this_job:  # a driver's job goes on to drive the run
+                lock.truncate(0)
 
 
 @contextmanager
@@ -169,8 +168,8 @@ def _write(lock: IO[str], driver: Driver) -> str:
 
 
 @contextmanager
-def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
-    """Hold the lock of a run that has no other driver; yield its file, which names the holder now, and its former content."""
+def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], Driver | None]]:
+    """Hold the lock of a run that has no other driver; yield its file, which names the holder now, and whom before."""
     path = folder / layout.DRIVER_LOCK
     deadline = time.monotonic() + _HANDOVER_TIMEOUT
     refuse_other_owner(folder)
@@ -194,8 +193,7 @@ def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
         driver = _queued_driver(path) if locks else driver_of(folder)
         if driver is not None and not driver.is_this_job:
             raise UserError(_refusal(folder, driver))
-        lock.seek(0)
-        before = lock.read()
+        before = read_record(path, Driver)
         written = _write(lock, holder)
         if not locks:
             _refuse_simultaneous_driver(path, written)

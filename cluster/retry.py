@@ -6,20 +6,29 @@ from collections.abc import Set
 log = logging.getLogger(__name__)
 
 _NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that do not count against a shard that advances
-NOT_RETRIED = {
-    "code_error": "",
-    "disk_full": "",
-    "gpu_out_of_memory": "; use more processes in a job, or a run of another name with fewer tokens at a time "
-    "(micro_batch_size, max_length, influence.reference_batch_tokens) or with zero.offload; see `montessori plan`",
-}
-"""Classes that a job reports, with a remedy that it adds to the error; a retry would fail again."""
+NOT_RETRIED = ("code_error", "disk_full", "gpu_out_of_memory")
+"""Classes that a job reports; a retry would fail again."""
 OF_NODES_AT_OPENING = ("code_error", "gpu_out_of_memory")  # a library is missing there, or its GPU is smaller or in use
 _OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
+_CONTINUE = "montessori run RUN_DIR/config.yaml --set"
 REMEDIES = {
     "file_system": "; check the mounts of these nodes and their file servers",
-    "out_of_memory": "; raise memory_gb of the stage in cluster.resources (smaller batches need a run of another name)",
-    "time_limit": "; raise time_limit_minutes of the stage in cluster.resources (smaller shards need a run of another name)",
+    "out_of_memory": "; give the stage more memory, or on one machine fewer parallel_jobs; finished stages are kept: "
+    f"{_CONTINUE} cluster.resources.STAGE.memory_gb=GB (teacher_update.micro_batch_size, training.micro_batch_size and "
+    "benchmarks.batch_size may be set, too)",
+    "time_limit": "; give the stage more time; finished stages are kept: "
+    f"{_CONTINUE} cluster.resources.STAGE.time_limit_minutes=MINUTES",
 }
+_LESS_GPU_MEMORY = {
+    "generation": "--set cluster.vllm.memory_share=0.8, or a smaller cluster.vllm.max_model_len",
+    "training": "--set training.micro_batch_size=1, --set zero.offload=optimizer, or more processes "
+    "(cluster.resources.training), see `montessori plan`",
+    "teacher_update": "--set teacher_update.micro_batch_size=1, --set zero.offload=optimizer, a smaller "
+    "teacher_update.max_length, or more processes (cluster.resources.teacher_update), see `montessori plan`",
+    "influence": "a smaller influence.reference_batch_tokens, or --set influence.dtype=bfloat16, see `montessori plan`",
+    "evaluation": "--set benchmarks.batch_size=1",
+}
+"""Settings that may change in a started run, by the kind of a stage."""
 
 
 def classify_loss(reason: str) -> str:
@@ -39,6 +48,17 @@ def classify_loss(reason: str) -> str:
         "DEADLINE": "time_limit",
     }
     return next((kind for word, kind in classes.items() if word in reason), "lost")
+
+
+def gpu_memory_remedy(stage: str) -> str:
+    """Return what helps when the memory of a GPU has run out in a stage of this kind, to add to the error."""
+    settings = _LESS_GPU_MEMORY.get(stage)
+    if settings is None:
+        return ""
+    return (
+        f"; needs less memory: {settings}. To continue a run: {_CONTINUE} KEY=VALUE; finished stages are kept. Only a run of "
+        "another name may have another warmup or student (such as student.max_length)"
+    )
 
 
 class Losses:

@@ -161,7 +161,7 @@ def cancel_jobs(folder: Path, cluster: Cluster) -> int:
     for end in (*stages, partial(end_held_jobs, folder)):
         try:
             jobs += end()
-        except UserError as error:  # also a ledger that is damaged
+        except (UserError, OSError) as error:  # also a ledger that is damaged, or cannot be written
             problems.append(str(error))
     if problems:
         raise JobsRemain("\n".join(["some jobs may still run; cancel again when the cause is removed:", *problems]))

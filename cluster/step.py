@@ -14,7 +14,7 @@ from cluster.worker import run_task
 _WARNING_SECONDS = 30.0  # between SIGUSR2 and the time limit, as for local jobs
 
 
-def run_step(folder: str, indices: list[int], threads: int, gpus: int) -> None:
+def run_step(folder: str, indices: list[int], threads: int, gpus: int = 0) -> None:
     """Run a task; SIGTERM, which Slurm sends at the end of the allocation, asks it to commit and exit."""
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGUSR2))
     run_task(folder, indices, threads, gpus)

@@ -22,7 +22,7 @@ from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.processes import seconds_since, start_time
 from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
-from cluster.retry import NOT_RETRIED
+from cluster.retry import gpu_memory_remedy
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
 from montessori_core.environment import set_process_defaults
@@ -55,12 +55,14 @@ _FULL_GPU = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 _FULL_HOST = "DefaultCPUAllocator: can't allocate memory"  # torch has no type for it
+_DIAGNOSTICS = "cluster.doctor_jobs:"
+"""Programs that report a node's GPUs, also if torch sees none."""
 _SPINS = "1000"
 """How often a waiting thread of torch looks for the others before it sleeps. By libgomp's default, 300,000, threads spin for
 milliseconds, which slows a job down where other processes use the cores, too; see benchmarks/busy_machine.py."""
 
 
-def run_task(folder: str, indices: list[int], threads: int, gpus: int) -> None:
+def run_task(folder: str, indices: list[int], threads: int, gpus: int = 0) -> None:
     """Compute those of the shards `indices` of the stage in `folder` that are not done.
 
     An error is recorded with its traceback and ends the task; the driver submits the remaining shards again.
@@ -69,7 +71,7 @@ def run_task(folder: str, indices: list[int], threads: int, gpus: int) -> None:
         folder: folder of the stage.
         indices: shards of the task.
         threads: threads of this process.
-        gpus: GPUs for which the job asked on each of its nodes.
+        gpus: GPUs for which the job asked on each of its nodes; jobs that an earlier version queued do not say it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before torch is imported, so that its thread pools get the same size.
@@ -108,7 +110,7 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
             if opened is None:
                 inputs = {**stage.inputs, "shared": stage.shared_folder}
                 program = open_program(stage.entry, stage.settings_type, stage.settings, inputs)
-                if gpus and "torch" in sys.modules:
+                if gpus and "torch" in sys.modules and not stage.entry.startswith(_DIAGNOSTICS):
                     from montessori_core.models.device import check_gpus  # drivers never import torch
 
                     check_gpus(gpus)
@@ -118,12 +120,13 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
         except Exception as error:
             on_node = is_full(error) and node_is_full(stage.folder)
             kind = "lost" if on_node else classify_error(error)
+            remedy = gpu_memory_remedy(stage.kind) if kind == "gpu_out_of_memory" else ""
             failure = {
                 "job_id": environment.job_id,
                 "attempt": _attempt(),
                 "class": kind,
                 "opening": opened is None or isinstance(error, NotOpened),
-                "error": f"{type(error).__name__}: {error}{NOT_RETRIED.get(kind, '')}",
+                "error": f"{type(error).__name__}: {error}{remedy}",
                 "traceback": traceback.format_exc(),
             }
             # Of several processes, the first failure is the cause: the others only lose their connection.

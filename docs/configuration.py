@@ -40,7 +40,8 @@ the folder: `python -c "from montessori_core.presets import PRESETS; print(PRESE
 
 Models and data sets are described in [data-and-models.md](data-and-models.md), prompts and filters in
 [synthesis.md](synthesis.md), the `cluster` section in [cluster.md](cluster.md), studies
-in [comparing.md](comparing.md). Where the paper gives a number, it is the default."""
+in [comparing.md](comparing.md). Most defaults are the paper's
+numbers; [method.md](method.md) lists the others."""
 _NUMBERS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 

@@ -10,7 +10,7 @@ from prefect import flow
 from pydantic import Field
 
 from cluster.backends import open_backend
-from cluster.lock import only_driver
+from cluster.lock import no_driver, only_driver
 from flows.experiment import end_jobs_of, log_warnings, run_root
 from montessori_core import layout
 from montessori_core.config import (
@@ -145,7 +145,7 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     pinned = student.model_copy(update={"revision": commits.get(name, student.revision)})
     commit = commit_of(check_student(pinned))
     folder.mkdir(parents=True, exist_ok=True)
-    with only_driver(folder):
+    with no_driver(folder):
         model = open_student(pinned, run.folder)
         warnings = [*thinking_warning("evaluation.path", examples), *idle_gpus(experiment.cluster)]
         changed = [*_copy_examples(examples, bad_rows, run), *_changed_model(run, model)]

@@ -19,7 +19,7 @@ from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import commit, hash_path
 from montessori_core.layout import CONFIG, DRIVER_LOCK, MOMENTS_FILE
-from montessori_core.models.fingerprints import moments_recipe
+from montessori_core.models.fingerprints import moments_rate, moments_recipe
 from montessori_core.models.thinking import thinking_warning
 from tasks.resume import command_of
 from tasks.run import Model
@@ -117,15 +117,14 @@ class Inputs:
     def adamw(self) -> dict[str, float]:
         """AdamW's betas, epsilon and weight decay of the steps that left the moments; empty if there are none."""
         moments = self.models.get("moments")
-        recipe = moments_recipe(Path(moments.path)) if moments else {}
-        return {name: value for name, value in recipe.items() if name != "learning_rate"}
+        return moments_recipe(Path(moments.path)) if moments else {}
 
 
 def step_rate(warm_state: Path | None) -> float:
     """Return the learning rate of a step: the peak rate of the training that left the student's moments, or the default."""
-    if warm_state is None or not (warm_state / MOMENTS_FILE).exists():
-        return Warmup().learning_rate
-    return moments_recipe(warm_state).get("learning_rate", Warmup().learning_rate)
+    known = warm_state is not None and (warm_state / MOMENTS_FILE).exists()
+    rate = moments_rate(warm_state) if warm_state is not None and known else None
+    return Warmup().learning_rate if rate is None else rate
 
 
 def names_of_targets(measurement: Measurement) -> list[str]:
@@ -203,6 +202,8 @@ def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> lis
     warm_state = measurement.warm_state
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
+    if warm_state is not None:
+        moments_recipe(warm_state)  # fails if the file is damaged
     check_student(measurement.student)
     references = []
     sources = measurement.reference, *measurement.targets

@@ -83,7 +83,11 @@ def training_experiment(content: Mapping[str, Any], model: str, source: str) -> 
     Raises:
         ConfigError: a setting that is used is not valid, or there is no such setting.
     """
-    used = {**without_unused(content, _USED), "teacher": {"model": model}}
+    used = without_unused(content, _USED)
+    student = used.get("student", {})
+    if isinstance(student, dict):
+        student = {**student, "model": model}
+    used |= {"teacher": {"model": model}, "student": student}
     cluster = used.pop("cluster", {})
     recipe = parse_experiment(used, source).training
     # The processes of a training also share the batches of a warm-up, and by default those of a teacher update.

@@ -115,7 +115,7 @@ def _ask(number: int, summary: str) -> None:
     if not answer.update_the_teacher:
         raise UserError(
             f"iteration {number}: the teacher update was not approved. Start this run again to be asked again, "
-            "with other settings in preferences if needed; to change influence, use a new run name"
+            "with other settings in preferences or influence if needed"
         )
 
 

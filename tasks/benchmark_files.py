@@ -91,6 +91,18 @@ def _benchmark_paths(benchmarks: Benchmarks) -> dict[str, Path]:
     return {setting: Path(os.path.expanduser(path)) for setting, path in paths.items() if path is not None}
 
 
+def remove_copies(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Path]) -> None:
+    """Remove the copies that `copy_benchmarks` replaces."""
+    for setting in _benchmark_paths(benchmarks).keys() - copied.keys():
+        copy = benchmark_copy(benchmarks, setting, copies)
+        if copy.is_dir():
+            removed = copy.with_name(f".{copy.name}.removed")  # a folder of which a part is left would count as a copy
+            shutil.rmtree(removed, ignore_errors=True)
+            shutil.rmtree(copy.rename(removed))
+        else:
+            copy.unlink(missing_ok=True)
+
+
 def copy_benchmarks(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Path]) -> None:
     """Copy the files of the section `benchmarks` to a folder, except those of `copied`."""
     for setting, path in _benchmark_paths(benchmarks).items():

@@ -1,4 +1,4 @@
-"""Benchmarks of students (Section 4.2): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
+"""Benchmarks of students (Section 4, Evaluation Methods): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -42,7 +42,14 @@ from montessori_core.synthesis.sandbox import check_isolation
 from montessori_core.synthesis.strategies.opened import check_strategy, read_documents
 from montessori_core.tracking.trackers import check_trackers
 from montessori_core.versions import check_versions
-from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, current_copies, overlap_warnings
+from tasks.benchmark_files import (
+    benchmark_copy,
+    check_benchmarks,
+    copy_benchmarks,
+    current_copies,
+    overlap_warnings,
+    remove_copies,
+)
 from tasks.changed_settings import changed_settings, first_stage
 from tasks.memory_check import memory_warnings
 from tasks.resume import run_root_option
@@ -246,13 +253,15 @@ def _check_and_write(
             write_tasks(passages, documents)
             if isinstance(experiment.synthesis.strategy, GroundedStrategy):
                 origins["documents"] = origin_of(experiment.synthesis.strategy.documents)
-        copy_benchmarks(benchmarks, copies, benchmarks_copied)
         _copy_templates(templates, folder, opened_before)
         write_json(commits, folder / layout.MODEL_COMMITS)
         write_origins(origins, folder / layout.ORIGINS)
         if changed or benchmarks != benchmarks_before:
             _mark_unfinished(folder)
+        # A copy is that of the file that `opened` names, also if this ends here.
+        remove_copies(benchmarks, copies, benchmarks_copied)
         write_yaml(experiment, opened)
+        copy_benchmarks(benchmarks, copies, benchmarks_copied)
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:

@@ -68,8 +68,10 @@ class Step:
 
     def pairing_answers(self) -> "Step":
         """Return the same step with preferences between answers to one instruction; to another they would be wrong."""
-        preferences = self.experiment.preferences.within_prompts()
-        experiment = self.experiment.model_copy(update={"preferences": preferences})
+        preferences, influence = self.experiment.preferences.within_prompts(), self.experiment.influence
+        if preferences.baseline == "prompt":  # no sequential test knows the mean of a prompt
+            influence = influence.model_copy(update={"sequential": None})
+        experiment = self.experiment.model_copy(update={"preferences": preferences, "influence": influence})
         return replace(self, run=replace(self.run, experiment=experiment))
 
     def beside(self, suffix: str, label: str = "") -> "Step":

@@ -77,7 +77,8 @@ def collect_utility_preferences(step: Step, examples: Path, utility: Path, extre
         )
     path = step.folder / layout.PREFERENCES
     write_preferences(pairs, examples, path, UTILITY_PREFERENCES)
-    _publish(step.label, pairs, "best and worst" if extremes else "median")
+    baseline = "prompt" if step.experiment.preferences.baseline == "prompt" else "median"
+    _publish(step.label, pairs, "best and worst" if extremes else baseline)
     return path
 
 

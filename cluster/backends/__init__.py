@@ -32,7 +32,9 @@ def open_backend(
     if cluster.profile == "slurm" and slurm.hold is not None and driven is not None:
         return HeldBackend(slurm, slurm.hold, resources, python or slurm.python, driven)
     if cluster.profile == "slurm":
-        return SlurmBackend(slurm, resources, python or slurm.python)
+        sbatch = SlurmBackend(slurm, resources, python or slurm.python)
+        sbatch.check()
+        return sbatch
     if cluster.profile == "allocation":
         backend = AllocationBackend(slurm, resources, python or slurm.python)
         backend.check(stage)
@@ -40,12 +42,12 @@ def open_backend(
     return LocalBackend(resources, python)
 
 
-def backend_at(host: str | None, steps: bool, cluster: Cluster) -> Backend | None:
+def backend_at(host: str | None, steps: bool | None, cluster: Cluster) -> Backend | None:
     """Open the backend of jobs that an earlier driver submitted, possibly with another profile.
 
     Args:
         host: host of local jobs and of steps; None for Slurm jobs.
-        steps: whether they are steps of a Slurm job.
+        steps: whether they are steps of a Slurm job; None: as the current profile starts them.
         cluster: current configuration.
 
     Returns:
@@ -56,13 +58,15 @@ def backend_at(host: str | None, steps: bool, cluster: Cluster) -> Backend | Non
     """
     if host not in (None, platform.node()):
         return None
-    if steps:
+    if steps is None:
+        steps = cluster.profile == "allocation" or (cluster.profile == "slurm" and cluster.slurm.hold is not None)
+    if host is not None and steps:
         return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)
-    if shutil.which("sbatch") is None:
+    if shutil.which("squeue") is None:
         raise UserError(
-            "Slurm jobs of an earlier driver may be running, but there is no sbatch here; start on a login node of their "
+            "Slurm jobs of an earlier driver may be running, but there is no squeue here; start on a login node of their "
             "cluster. If they have ended, remove jobs/ledger.json in the folders of the run's stages; results are kept"
         )
     return SlurmBackend(cluster.slurm, Resources(), None)

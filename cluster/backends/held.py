@@ -74,6 +74,7 @@ class HeldBackend(AllocationBackend):
         super().__init__(slurm, resources, python)
         self._hold, self._folder = hold, folder / layout.HELD
         self._sbatch = SlurmBackend(slurm, resources, python)
+        self._sbatch.check()
         lines = self._sbatch.script("held", self._folder).splitlines()
         # The resources to ask for. Other options differ from job to job, or are for jobs that compute.
         self._request = [line for line in lines if re.match(rf"#SBATCH --(?!{_OWN_OPTIONS})", line)]

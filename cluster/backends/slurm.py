@@ -68,7 +68,7 @@ class _Restartable(submitit.helpers.Checkpointable):
     finished shards, so there is no state to save.
     """
 
-    def __call__(self, stage_folder: str, task: Task, threads: int, gpus: int) -> None:
+    def __call__(self, stage_folder: str, task: Task, threads: int, gpus: int = 0) -> None:
         run_task(stage_folder, task, threads, gpus)
 
 
@@ -80,17 +80,24 @@ class SlurmBackend:
     steps = False
 
     def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
-        for command in ("sbatch", "srun"):  # submitit looks for srun, which only nodes call
-            if shutil.which(command) is None:
-                raise UserError(
-                    f"cluster.profile is slurm, but there is no {command} here; start on a login node, or set profile: local"
-                )
         check_import_path(slurm.commands)
         self._slurm, self._resources = slurm, resources
         self._python, self._container_options = python_command(slurm, python)
         self._largest_array = slurm.max_array_size
         self._next_array = math.inf  # tasks, after sbatch refused a larger array
         self._silent = False
+
+    def check(self) -> None:
+        """Check that jobs can be submitted here; to watch and end jobs takes less.
+
+        Raises:
+            UserError: a command of Slurm is missing.
+        """
+        for command in ("sbatch", "srun"):  # submitit looks for srun, which only nodes call
+            if shutil.which(command) is None:
+                raise UserError(
+                    f"cluster.profile is slurm, but there is no {command} here; start on a login node, or set profile: local"
+                )
 
     def prepare(self) -> None:
         pass  # jobs import on their nodes

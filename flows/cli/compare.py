@@ -52,5 +52,6 @@ def compare(
         folder = folder.resolve()
         submit_command(folder, command_to_compare(folder), settings.experiment.cluster.slurm)
         return
-    interruptible(lambda: compare_opened(settings, folder, seeded), command_to_resume(folder))
+    command = command_to_resume(folder)
+    interruptible(lambda: compare_opened(settings, folder, seeded), folder, settings.experiment.cluster, command)
     print_comparison(folder)

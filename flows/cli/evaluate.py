@@ -60,7 +60,7 @@ def evaluate(
     folder = run_root / experiment.name
     evaluation, warnings = open_evaluation(experiment, folder)
     warn(warnings)
-    interruptible(lambda: evaluate_opened(evaluation), resume_command(folder))
+    interruptible(lambda: evaluate_opened(evaluation), folder, experiment.cluster, resume_command(folder))
     print_evaluation(folder / RESULT)
 
 

@@ -6,15 +6,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 from cluster.backends.base import JobsRemain
 from cluster.backends.held import end_held_jobs
 from cluster.backends.sbatch import DRIVER_JOB
-from cluster.lock import driven_folder
+from cluster.lock import driven_folder, no_driver
+from cluster.status import cancel_jobs
 from flows.cli.console import console
 from flows.prefect_api import check_proxies, problem_of, retrying_server_errors, wait_for_api
+from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
@@ -48,18 +51,18 @@ def cancelled_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def interruptible(run_flow: Callable[[], object], command: str) -> None:
-    """Run a flow; after Ctrl-C print the command that resumes it."""
+def interruptible(run_flow: Callable[[], object], folder: Path, cluster: Cluster, command: str) -> None:
+    """Run a flow that drives `folder`; after Ctrl-C end all jobs in it, and print the command that resumes it."""
 
     def stop(jobs: str) -> None:
         console.print(f"\ninterrupted: {jobs}, finished work is kept. Resume with:\n  {command}", soft_wrap=True)
         _exit()
 
     def stop_at_once() -> None:
-        folder = driven_folder()
+        driven = driven_folder()
         with suppress(JobsRemain):
-            if folder is not None:
-                end_held_jobs(folder, patience=0.0)
+            if driven is not None:
+                end_held_jobs(driven, patience=0.0)
         stop(_REMAINING)
 
     def interrupt(number: int, frame: object) -> None:
@@ -80,8 +83,7 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
             console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
             _exit(end_steps=False)
         if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
-            remaining = _cause(error, "JobsRemain", "SchedulerUnavailable")
-            stop("the jobs were cancelled" if remaining is None else f"{_REMAINING} ({remaining})")
+            stop(_end_jobs(folder, cluster))
         if (problem := problem_of(api)) is not None:
             raise UserError(
                 f"the run lost its Prefect server at {api}: {problem}; finished work is kept. Resume with:\n  {command}"
@@ -93,6 +95,16 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
                 f"Finished work is kept. Resume with:\n  {command}"
             ) from error
         raise
+
+
+def _end_jobs(folder: Path, cluster: Cluster) -> str:
+    """End the jobs of an interrupted flow, and those of other stages that an earlier driver left; say whether they ended."""
+    try:
+        with no_driver(folder):
+            cancel_jobs(folder, cluster)
+    except (UserError, OSError) as error:  # also another driver, whose jobs they are
+        return f"{_REMAINING} ({error})"
+    return "the jobs were cancelled"
 
 
 def _open_api() -> str:

@@ -40,7 +40,7 @@ def run(
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config, overrides)
     if as_job:
         check_driver_job(experiment)
-    folder = _folder_of(experiment, config, run_root)
+    folder = folder_of(experiment, config, run_root)
     refuse_other_work(folder.resolve())
     opened, warnings = open_run(experiment, folder)
     warn(warnings)
@@ -53,7 +53,7 @@ def run(
     drive_run(opened, as_job)
 
 
-def _folder_of(experiment: Experiment, config: Path, run_root: Path | None) -> Path:
+def folder_of(experiment: Experiment, config: Path, run_root: Path | None) -> Path:
     """Return the folder of a run; if it is the one that holds its configuration, go to the directory where it was started."""
     begun = config.name == layout.CONFIG and (config.parent / layout.SOURCES).is_dir()
     own = config.resolve().parent  # it may have been copied or renamed
@@ -124,7 +124,7 @@ def drive_run(opened: Run, as_job: bool = False) -> None:
 
     if opened.finished:
         console.print(f"{name} is finished; checking its results.")
-    interruptible(lambda: experiment(opened), command_to_resume(folder))
+    interruptible(lambda: experiment(opened), folder, opened.experiment.cluster, command_to_resume(folder))
     print_summary(opened)
 
 

@@ -29,7 +29,7 @@ from montessori_core.formatting import (
     spread_text,
 )
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.influence.table import describe_influence, influence_warnings, summarize_influence
+from montessori_core.influence.table import describe_influence, influence_warnings, share_label, summarize_influence
 from montessori_core.models.shape import GB
 from montessori_core.speed import usable_cores
 from tasks.run import Run
@@ -94,7 +94,7 @@ def print_summary(run: Run) -> None:
         probing, training = metrics["influence"]["probing"], metrics["influence"].get("training")
         after = f"{training['share_positive']:.0%} after" if training else "not measured after"
         table.add_row(
-            f"share of positive influence (baseline: {run.experiment.preferences.baseline})",
+            share_label(run.experiment.preferences.baseline),
             f"{probing['share_positive']:.0%} before the teacher update, {after}",
         )
         if classifier is not None:

@@ -21,7 +21,8 @@ class Vllm(Section):
     max_model_len: Count | None = Field(
         None,
         description="Longest prompt with its continuation, tokens; vLLM's cache must hold at least one of that length. If "
-        "not set, the next power of two above the job's prompts and max_tokens, at most the model's positions.",
+        "not set, the next power of two above the job's prompts and max_tokens, at most the model's positions. If shorter "
+        "than a prompt and max_tokens, it cuts outputs.",
     )
     tensor_parallel: Count | None = Field(
         None,

@@ -12,7 +12,9 @@ class Comparison(Section):
     """Additional results that show the effect of the method."""
 
     unmodified_teacher: bool = Field(
-        True, description="Also train a student on the same number of examples from the unmodified teacher."
+        True,
+        description="Also train a student on the same number of examples from the unmodified teacher. A study has its own "
+        "comparisons.",
     )
     influence_examples: int = Field(
         256,
@@ -33,7 +35,10 @@ class HarnessTask(Section):
 
     name: str = Field(description="Name of a task, tag or group; 'lm_eval ls tasks' lists them.")
     shots: int | None = Field(
-        None, ge=0, description="Demonstrations before each item. If not set, the task's default."
+        None,
+        ge=0,
+        description="Demonstrations before each item. If not set, the task's default. Tasks whose file has 0 have a fixed "
+        "prompt, for which shots are refused (in a group, ignored).",
     )
     limit: Count | None = Field(
         None,
@@ -42,7 +47,7 @@ class HarnessTask(Section):
 
 
 class Benchmarks(Section):
-    """Benchmarks of the students, in addition to the held-out loss (Section 4.2)."""
+    """Benchmarks of the students, in addition to the held-out loss (Section 4, Evaluation Methods)."""
 
     tasks: tuple[HarnessTask, ...] = Field((), description="Tasks of lm-evaluation-harness.")
     task_folder: str | None = Field(

@@ -142,8 +142,10 @@ class CodeRunsFilter(Section):
         description="Must be set to true: jobs run code that a model wrote. It runs as your account, with limits of time, "
         "memory and file size, an empty environment and a temporary folder, without network and with read-only files.",
     )
-    seconds: Count = Field(5, description="Time limit of a code block: seconds of CPU time, and twice as many in all.")
-    memory_mb: int = Field(512, ge=64, description="Memory limit of a code block (address space), MB.")
+    seconds: Count = Field(
+        5, description="Time limit of the code of a response: seconds of CPU time, and twice as many in all."
+    )
+    memory_mb: int = Field(512, ge=64, description="Memory limit of the code of a response (address space), MB.")
     need_code: bool = Field(False, description="Also reject responses without a Python code block.")
     need_isolation: bool = Field(
         True,

@@ -1,5 +1,6 @@
 """How influence is measured and turned into preference pairs."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,14 @@ from montessori_core.config.section import Count, Probability, Section
 
 LARGEST_LINEAR_WEIGHT = 1 / 32
 """Example weight up to which AdamW's step is nearly linear; at 1/8, Spearman with exact is 0.90 (docs/numerics.md)."""
+
+
+def conformal_rank(errors: int, error_rate: float) -> int:
+    """Return the rank, from 1, of the error that another error exceeds with probability `error_rate` at most.
+
+    A rank of more than `errors` says that there are too few.
+    """
+    return math.ceil((errors + 1) * (1 - error_rate))
 
 
 class Screening(Section):
@@ -28,12 +37,24 @@ class Screening(Section):
         0.05,
         gt=0.0,
         lt=0.5,
-        description="Share of examples whose error may exceed the width of the band in which signs are confirmed exactly.",
+        description="Share of examples whose error may exceed the width of the band in which signs are confirmed exactly. "
+        "To tell it, the audit needs about 2 / error_rate examples.",
     )
     minimum_agreement: Probability = Field(
         0.9,
         description="If a smaller share of the audit's signs agree after correction, measure every example exactly.",
     )
+
+    @model_validator(mode="after")
+    def _audit_tells_the_error(self) -> "Screening":
+        half = math.ceil(self.audit_examples / 2)
+        if conformal_rank(half, self.error_rate) > half:
+            raise ValueError(
+                f"audit_examples: {self.audit_examples} are too few to tell an error that a share of {self.error_rate:g} "
+                f"exceeds (error_rate), so that every example would be measured exactly; set at least "
+                f"{2 * math.ceil(1 / self.error_rate - 1)}, or estimator: exact"
+            )
+        return self
 
 
 class Sequential(Section):
@@ -74,8 +95,9 @@ class Influence(Section):
     state_dtype: StateDtype = Field(
         "float32",
         description="What AdamW's moments and the reference gradient are kept in; arithmetic is in fp32 (unless dtype: "
-        "bfloat16). 'bfloat16' takes half the memory: more of a large student's state stays on the GPU, instead of being "
-        "copied there for each batch of examples. Ranks stay the same (docs/numerics.md).",
+        "bfloat16; with dtype: mixed, a linear measurement keeps directions in bf16). 'bfloat16' takes half the memory: more "
+        "of a large student's state stays on the GPU, instead of being copied there for each batch of examples. Ranks stay "
+        "the same (docs/numerics.md).",
     )
     screening: Screening = Field(Screening(), description="How estimator: screened audits its estimates.")
     sequential: Sequential | None = Field(
@@ -104,7 +126,9 @@ class Influence(Section):
         "weigh more, as in a training batch, whose loss is the mean over the tokens of all its examples.",
     )
     reference_batch_tokens: Count = Field(
-        2048, description="Tokens per batch of reference examples, including padding."
+        2048,
+        description="Tokens of a forward pass, including padding, over reference and evaluation examples and, with linear, "
+        "over probing examples.",
     )
     examples_per_shard: Count = Field(64, description="Maximum number of probing examples per shard.")
 
@@ -148,7 +172,8 @@ class Preferences(Section):
         0.0,
         ge=0.0,
         description="Keep pairs whose influence gap exceeds this many standard errors over the reference examples (the "
-        "errors of both examples are treated as independent); 0 keeps every pair whose gap exceeds rounding error.",
+        "errors of both examples are treated as independent); 0 keeps every pair of examples that lie outside rounding error "
+        "of the threshold.",
     )
     pairs: Literal["within_prompt", "across_prompts"] = Field(
         "within_prompt",

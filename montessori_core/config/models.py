@@ -70,8 +70,8 @@ class Student(Section):
     max_length: int = Field(
         1024,
         ge=32,
-        description="Maximum length of an example (prompt and response), tokens; the end of longer ones is cut, and they "
-        "are counted.",
+        description="Maximum length of an example (prompt and response), tokens, also of conversations that train NOMAD's "
+        "teacher; the end of longer ones is cut, and they are counted.",
     )
     lora: Lora | None = Field(None, description="Train LoRA matrices. If not set, train all weights.")
     chat_template: str | None = _TEMPLATE
@@ -129,7 +129,7 @@ class Endpoint(Section):
         ge=0.0,
         le=1.0,
         description="Largest share of questions that the server may refuse, as too long or by moderation; they are counted "
-        "as unanswered. If more than this share, and more than five questions, are refused, the stage fails.",
+        "as unanswered. If more than this share and more than five questions, or all, are refused, the stage fails.",
     )
     dollars_per_million_input_tokens: float = Field(
         0.0, ge=0.0, description="Price of a million tokens of the requests, to compute what is spent."
@@ -140,8 +140,8 @@ class Endpoint(Section):
     spending_cap_dollars: float | None = Field(
         None,
         gt=0.0,
-        description="Most that this section may spend in a run (one seed of a study). The stage fails before the first "
-        "request that could exceed it; answers are kept. If not set, no limit.",
+        description="Most that this section may spend in a run folder: each seed and each transfer student of a study has "
+        "its own. The stage fails before the first request that could exceed it; answers are kept. If not set, no limit.",
     )
 
     @model_validator(mode="after")

@@ -8,11 +8,19 @@ from montessori_core.config.section import Count, Minutes, Section
 class Resources(Section):
     """Resources of one job of a stage. Not part of a shard's key: changing them recomputes nothing."""
 
-    nodes: Count = Field(1, description="Nodes per job (`--nodes`).")
-    processes_per_node: Count = Field(
-        1, description="Processes per node; for training, one per GPU (`--ntasks-per-node`)."
+    nodes: Count = Field(
+        1, description="Nodes per job (`--nodes`); more than one for training and teacher update alone."
     )
-    gpus_per_node: int = Field(0, ge=0, description="GPUs per node (`--gpus-per-node`, or as `slurm.gpu_option` says).")
+    processes_per_node: Count = Field(
+        1,
+        description="Processes per node, one per GPU (`--ntasks-per-node`); more than one for training and teacher update "
+        "alone.",
+    )
+    gpus_per_node: int = Field(
+        0,
+        ge=0,
+        description="GPUs per node (`--gpus-per-node`, or as `slurm.gpu_option` says). Influence and evaluation use one.",
+    )
     gpu_type: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="Slurm: type of the GPUs, such as h100. If not set, any."
     )
@@ -29,7 +37,7 @@ class Resources(Section):
     parallel_jobs: Count = Field(
         1,
         description="Maximum number of the stage's jobs that run at the same time. A new stage is split into enough shards "
-        "to keep all of them busy.",
+        "to keep all of them busy; a training, and requests to an API, are one job.",
     )
     shards_per_job: Count = Field(
         16, description="Slurm: maximum number of shards per array task. Shards are spread evenly over the jobs."
@@ -57,18 +65,38 @@ class Resources(Section):
 class StageResources(Section):
     """Resources by stage."""
 
-    generation: Resources = Field(Resources(), description="Instruction and response generation.")
-    training: Resources = Field(Resources(), description="Warm-up and student training.")
+    generation: Resources = Field(
+        Resources(), description="Instruction and response generation, and answers of students to benchmarks."
+    )
+    training: Resources = Field(
+        Resources(), description="Warm-up and student training; also the training of NOMAD's teacher."
+    )
     teacher_update: Resources = Field(
         default_factory=lambda stages: stages["training"],
         description="Teacher update. If not set, those of training. The paper's batch of 2 pairs keeps at most two processes "
         "busy (with micro_batch_size 1), fewer than a node has GPUs.",
     )
-    influence: Resources = Field(Resources(), description="Local data influence.")
-    evaluation: Resources = Field(Resources(), description="Held-out loss and tasks of lm-evaluation-harness.")
+    influence: Resources = Field(
+        Resources(), description="Local data influence and other signals, and the trainings of `montessori validate`."
+    )
+    evaluation: Resources = Field(
+        Resources(),
+        description="Held-out loss, tasks of lm-evaluation-harness, embeddings of filters, and code that filters run.",
+    )
     judging: Resources = Field(
         Resources(cpus_per_process=1), description="Requests to an API. These jobs need the network and no GPU."
     )
+
+    @model_validator(mode="after")
+    def _rows_have_one_process(self) -> "StageResources":
+        for stage in ("generation", "influence", "evaluation", "judging"):
+            resources: Resources = getattr(self, stage)
+            if resources.nodes * resources.processes_per_node > 1:
+                raise ValueError(
+                    f"{stage}: {resources.nodes} nodes with {resources.processes_per_node} processes each, but one process "
+                    f"computes the rows of a job; set both to 1, and {stage}.parallel_jobs to the number of jobs"
+                )
+        return self
 
     @model_validator(mode="after")
     def _training_processes_have_gpus(self) -> "StageResources":

@@ -61,7 +61,10 @@ class Sampling(Section):
         1.0, ge=-2.0, le=2.0, description="Subtracted from the logits of tokens that were generated before; 0 is off."
     )
     repetition_penalty: float = Field(
-        1.0, gt=0.0, description="Factor that lowers the logits of tokens in the prompt or generated before; 1 is off."
+        1.0,
+        gt=0.0,
+        description="Factor that lowers the logits of tokens in the prompt or generated before; 1 is off. An API has no "
+        "such parameter.",
     )
     max_tokens: Count = Field(1024, description="Maximum number of generated tokens.")
 
@@ -110,7 +113,10 @@ class Synthesis(Section):
         description="Keep line breaks in instructions, which code and lists need; false collapses all whitespace to single "
         "spaces, as the authors' code does.",
     )
-    samples_per_prompt: Count = Field(4, description="Instructions generated per prompt.")
+    samples_per_prompt: Count = Field(
+        4,
+        description="Instructions generated per prompt; responses per instruction in the methods response and self_reward.",
+    )
     seed_demonstrations: int = Field(6, ge=0, description="Demonstrations per prompt from the seed pool.")
     synthetic_demonstrations: int = Field(
         2,

@@ -185,7 +185,9 @@ class Zero(Section):
     """DeepSpeed ZeRO: memory partitioning for warm-up, student training and teacher update."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        2, description="ZeRO stage: 0 partitions nothing, 1 the optimizer, 2 also gradients, 3 also weights."
+        2,
+        description="ZeRO stage: 0 partitions nothing (on GPUs, 1 is taken instead), 1 the optimizer, 2 also gradients, "
+        "3 also weights.",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",

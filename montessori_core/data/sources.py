@@ -253,7 +253,8 @@ class TaskReader(Iterable[Task]):
         loss = {"all": "every answer", "last": "the last answer"}[self._source.train_on]
         turns = f"; {self.conversations:,} with earlier turns, loss on {loss}" if self.conversations else ""
         bad = f"; {len(self.bad_rows):,} more left out ({count_reasons(self.bad_rows)})" if self.bad_rows else ""
-        return f"{self._field}: {self.tasks:,} rows, format: {self.format}{turns}{bad}"
+        limit = f" ({self._field}.limit)" if self.tasks == self._source.limit else ""
+        return f"{self._field}: {self.tasks:,} rows{limit}, format: {self.format}{turns}{bad}"
 
     def _task(self, where: str, row: Any) -> Task:
         if isinstance(row, RowError):

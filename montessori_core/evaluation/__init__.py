@@ -1,1 +1,1 @@
-"""Benchmarks (Section 4.2) and the statistics of a study."""
+"""Benchmarks (Section 4, Evaluation Methods) and the statistics of a study."""

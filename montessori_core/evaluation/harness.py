@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (Section 4.2): list their items, and score a model on them.
+"""Tasks of lm-evaluation-harness (Section 4, Evaluation Methods): list their items, and score a model on them.
 
 The demonstrations of an item are drawn with a seed from the item, so its result does not depend on other items or on
 sharding. (The harness draws for all items from one random stream.)
@@ -7,6 +7,7 @@ sharding. (The harness draws for all items from one random stream.)
 import contextlib
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
             tasks = loaded.setdefault((benchmark, shots), {})
             if not tasks:
                 tasks |= _load(manager, benchmark, inputs.get("tasks"))
+                _set_shots(benchmark, tasks, shots)
                 for task in tasks.values():
-                    _set_shots(task, shots)
                     _draw_by_item(task)
             items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
             records: dict[int, list[Row]] = {position: [] for position in positions}
@@ -188,15 +189,28 @@ def _check_metrics(benchmark: str, tasks: dict[str, Any]) -> None:
 
 def _means(aggregations: dict[str, Any]) -> list[str]:
     """Return the metrics that are means over items; others, such as corpus BLEU or perplexity, have no score per item."""
+    import numpy
     from lm_eval.api.metrics import mean, nanmean
 
-    return [metric for metric, aggregation in aggregations.items() if aggregation in (mean, nanmean)]
+    means = mean, nanmean, numpy.mean, numpy.nanmean, statistics.mean, statistics.fmean
+    return [metric for metric, aggregation in aggregations.items() if aggregation in means]
 
 
-def _set_shots(task: Any, shots: int | None) -> None:
-    default = task.get_config("num_fewshot")
-    if default is None or (shots is not None and default != 0):  # 0 in a task file: the prompt has demonstrations
-        task.set_config(key="num_fewshot", value=shots or 0)
+def _set_shots(benchmark: str, tasks: dict[str, Any], shots: int | None) -> None:
+    """Set the number of demonstrations, except of tasks whose file has 0: their prompt is fixed.
+
+    Raises:
+        DataError: all tasks of the benchmark are such, and shots are set.
+    """
+    defaults = {name: task.get_config("num_fewshot") for name, task in tasks.items()}
+    if shots and all(default == 0 for default in defaults.values()):
+        raise DataError(
+            f"benchmarks.tasks: {benchmark!r} has a fixed prompt (num_fewshot: 0 in its file), so that shots: {shots} would "
+            "change nothing; leave shots out"
+        )
+    for name, task in tasks.items():
+        if defaults[name] is None or (shots is not None and defaults[name] != 0):
+            task.set_config(key="num_fewshot", value=shots or 0)
 
 
 def _draw_by_item(task: Any) -> None:

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from montessori_core.config import Screening
+from montessori_core.config.influence import conformal_rank
 from montessori_core.data.rows import Positions
 from montessori_core.data.tables import INFLUENCE, check
 from montessori_core.influence.preferences import Floats, thresholds_of
@@ -222,7 +223,7 @@ def draw_ids(ids: Sequence[str], count: int) -> list[str]:
 
 def conformal_width(errors: Floats, error_rate: float) -> float:
     """Return the width that an exchangeable error exceeds with probability `error_rate` at most; infinite for few errors."""
-    rank = math.ceil((len(errors) + 1) * (1 - error_rate))
+    rank = conformal_rank(len(errors), error_rate)
     return float(np.sort(errors)[rank - 1]) if 0 < rank <= len(errors) else math.inf
 
 

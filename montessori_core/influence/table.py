@@ -222,7 +222,7 @@ def describe_influence(summary: Mapping[str, float | int], baseline: str) -> lis
     ]
     if summary["measured"]:
         lines += [
-            (f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}"),
+            (share_label(baseline), f"{summary['share_positive']:.0%}"),
             ("mean influence", f"{summary['mean_influence_student']:.3g} nats per token"),
         ]
     lines += [
@@ -248,14 +248,23 @@ def influence_warnings(summary: Mapping[str, float | int]) -> list[str]:
     return [*cut_warnings(summary), *_domination_warnings(summary["median_dominated_share"])]
 
 
+def share_label(baseline: str) -> str:
+    """Return what `share_positive` of a summary is the share of."""
+    if baseline == "prompt":
+        return "share above the median (of pairs, the mean of the prompt decides)"
+    return f"share that helps (baseline: {baseline})"
+
+
 def cut_warnings(summary: Mapping[str, float | int]) -> list[str]:
     """Return a warning if examples or reference examples are cut; `summary` is that of `summarize_influence`."""
     cut, references = summary["truncated"], int(summary[CUT_REFERENCES])
-    if not cut and not references:
+    parts = [f"{cut:,} of {summary['examples']:,} examples"] if cut else []
+    parts += [f"{references:,} reference example{'s'[: references > 1]}"] if references else []
+    if not parts:
         return []
     return [
-        f"the end of {cut:,} of {summary['examples']:,} examples and of {references:,} reference examples is cut: they have "
-        "more tokens than student.max_length (montessori influence, validate: --max-length); raise it, or shorten them"
+        f"the end of {' and of '.join(parts)} is cut: they have more tokens than "
+        "student.max_length (montessori influence, validate: --max-length); raise it, or shorten them"
     ]
 
 

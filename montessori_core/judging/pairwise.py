@@ -1,4 +1,4 @@
-"""A judge compares two answers to one instruction, in both orders (Section 4.1, Evaluation Methods).
+"""A judge compares two answers to one instruction, in both orders (Section 4, Evaluation Methods).
 
 A judge that always prefers the first answer contradicts itself in the reverse order: disagreement counts as a tie.
 

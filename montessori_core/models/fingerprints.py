@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from montessori_core.errors import DataError
 from montessori_core.files import hash_json, hash_path, write_json
+from montessori_core.formatting import first_names
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 
 if TYPE_CHECKING:
@@ -187,13 +188,50 @@ def moments_fingerprint(folder: Path) -> str:
     return str(json.loads((folder / FINGERPRINT).read_text())["moments"])
 
 
-def moments_recipe(folder: Path) -> dict[str, float]:
-    """Return AdamW's peak learning rate, betas, epsilon and weight decay of the steps that left the moments in a folder.
+def moments_state(folder: Path) -> dict[str, Any]:
+    """Return what the file of AdamW's moments in a folder says of them, see `save_moments`; no tensor is read.
 
-    Empty if the file does not say; without the rate if an earlier version wrote it.
+    Raises:
+        DataError: the file has no moments, or is damaged.
     """
-    _, metadata, _ = _read_header(folder / MOMENTS_FILE)
-    recipe: dict[str, float] = json.loads(metadata.get("adamw", "{}")).get("recipe") or {}
+    file = folder / MOMENTS_FILE
+    header, metadata, start = _read_header(file)
+    try:
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size != end:
+            raise ValueError(f"{file.stat().st_size} bytes instead of {end}")
+        state: dict[str, Any] = json.loads(metadata.get("adamw", "{}"))
+        if missing := {"step", "weights"} - state.keys():
+            raise ValueError(f"without {first_names(missing)}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: not AdamW's moments, or damaged ({error}); copy the file again, or leave out --warm-state"
+        ) from error
+    return state
+
+
+def moments_recipe(folder: Path) -> dict[str, float]:
+    """Return AdamW's betas, epsilon and weight decay of the steps that left the moments in a folder.
+
+    Empty if the file does not say.
+
+    Raises:
+        DataError: the file has no moments, or is damaged.
+    """
+    return {name: value for name, value in _recipe(folder).items() if name != "learning_rate"}
+
+
+def moments_rate(folder: Path) -> float | None:
+    """Return the peak learning rate of the training that left the moments in a folder; None if the file does not say.
+
+    Raises:
+        DataError: the file has no moments, or is damaged.
+    """
+    return _recipe(folder).get("learning_rate")
+
+
+def _recipe(folder: Path) -> dict[str, float]:
+    recipe: dict[str, float] = moments_state(folder).get("recipe") or {}
     return recipe
 
 

@@ -1,11 +1,14 @@
 """Load models and tokenizers, never running code from a model's repository."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
+from montessori_core.files import read_json
 from montessori_core.models import flops
 from montessori_core.models.adapters import adapted_model, is_adapter
 from montessori_core.models.fetch import fetch_model
@@ -69,30 +72,74 @@ def load_model(model: str, dtype: Any, quantization: str | None = None) -> "PreT
         UserError: the model cannot be loaded, weights are missing or not used, an adapter does not fit its base model, or
             bitsandbytes is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     folder = fetch_model(model)
     if is_adapter(folder):
         return _load_adapter(folder, dtype, quantization)
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below
-            quantization_config=None if quantization is None else _four_bits(dtype),
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
-    check_loaded(model, len(loaded.state_dict()), info)
+    if is_deepspeed_zero3_enabled() and quantization is None:
+        check_before_partitioning(model, folder)
+    loaded = _read(model, folder, dtype=dtype, quantization_config=quantization and _four_bits(dtype))
     _check_tied(model, loaded)
     _freeze(loaded)
     if quantization is not None:
         _keep_gradients(loaded)
     counted: PreTrainedModel = flops.count(loaded)
     return counted
+
+
+def _read(model: str, folder: Path, **options: Any) -> Any:
+    """Load a model with options of transformers.
+
+    Raises:
+        UserError: it cannot be loaded, or weights are missing or not used.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
+    check_loaded(model, len(loaded.state_dict()), info)
+    return loaded
+
+
+def check_before_partitioning(model: str, folder: Path) -> None:
+    """Check the weights of a model that ZeRO-3 is about to partition, without reading them.
+
+    transformers (5.24) drops weights that a partitioned model does not have, does not report those of another shape, and
+    finds any two partitions equal, so that it ties weights that differ. It does not partition quantized models.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    if (read_json(folder / "config.json") or {}).get("quantization_config"):
+        return
+    with unpartitioned():
+        empty = _read(model, folder, dtype="auto", device_map="meta")
+        if _is_untied(empty):
+            # Are they equal? Weights in the configured dtype are mapped into memory: these two alone are read.
+            _check_tied(model, _read(model, folder, dtype="auto"))
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Load models without ZeRO-3, also in a training that partitions weights as they load."""
+    from transformers.integrations import deepspeed
+
+    configuration = deepspeed._hf_deepspeed_config_weak_ref  # no function returns the object
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = configuration
 
 
 def _four_bits(dtype: Any) -> Any:
@@ -146,16 +193,22 @@ def _check_tied(model: str, loaded: "PreTrainedModel") -> None:
     Raises:
         UserError: the files have two different ones.
     """
-    embeddings, output = loaded.get_input_embeddings(), loaded.get_output_embeddings()
-    tied = getattr(loaded.config, "tie_word_embeddings", False)
-    if not tied or output is None or output.weight is embeddings.weight:
+    if not _is_untied(loaded):
         return
+    embeddings, output = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     if output.weight.shape != embeddings.weight.shape or not bool((output.weight == embeddings.weight).all()):
         raise UserError(
             f"model {model!r}: config.json says that the output layer is the embeddings (tie_word_embeddings), but its files "
             "have two different ones, and programs use one or the other; set tie_word_embeddings to false in config.json, or "
             "save the model without the output layer"
         )
+
+
+def _is_untied(loaded: "PreTrainedModel") -> bool:
+    """Return whether config.json says that embeddings are the output layer, but the loaded model has two."""
+    output = loaded.get_output_embeddings()
+    tied = getattr(loaded.config, "tie_word_embeddings", False)
+    return bool(tied and output is not None and output.weight is not loaded.get_input_embeddings().weight)
 
 
 def load_merged(model: str, dtype: Any) -> "PreTrainedModel":

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from montessori_core.errors import UserError
+from montessori_core.formatting import first_names
+
 GB = 1e9  # bytes
 USABLE = 0.92
 """Share of a device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
@@ -43,13 +46,24 @@ class Shape:
 
     @staticmethod
     def of(model: Any) -> "Shape":
-        """Return the shape of a model, which may be on the meta device."""
+        """Return the shape of a model, which may be on the meta device.
+
+        Raises:
+            UserError: the model has no single hidden size or number of layers, such as BLT, which is several models.
+        """
         from montessori_core.models.linear_layers import (
             parameters_of_linear_layers,  # with torch, which the driver lacks
         )
 
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
         config = causal_lm.config.get_text_config()
+        if missing := [
+            name for name in ("num_hidden_layers", "hidden_size", "vocab_size") if not hasattr(config, name)
+        ]:
+            raise UserError(
+                f"models of type {config.model_type!r} have no {first_names(missing)} in config.json, so that their memory "
+                "cannot be planned; use a model of another type"
+            )
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         embeddings, projection = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
         tables = [projection] if embeddings is projection else [projection, embeddings]

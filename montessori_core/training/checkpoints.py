@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from montessori_core.config.section import Section
 from montessori_core.files import hash_json, make_folder_of_pickles
 from montessori_core.layout import CHECKPOINT_FOLDER
 from montessori_core.models.fetch import fingerprint
@@ -31,12 +32,18 @@ _COMPLETE = "whole"
 """File that marks a complete checkpoint."""
 
 
-def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: Sequence[object]) -> Path:
+def checkpoint_folder(output: Path, settings: Section, model: str, rows: Sequence[object]) -> Path:
     """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it.
 
+    As in a stage's key, a new option that is off changes nothing: a training resumes after an upgrade.
     The driver removes it once the stage is done: until then, a killed job resumes from its last checkpoint.
     """
-    inputs = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
+    inputs = [
+        settings.model_dump(mode="json", exclude_none=True),
+        fingerprint(Path(model)),
+        rows,
+        os.environ["WORLD_SIZE"],
+    ]
     folder = output.parent / CHECKPOINT_FOLDER / hash_json(inputs)[:16]
     make_folder_of_pickles(folder)
     return folder

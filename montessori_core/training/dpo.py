@@ -59,7 +59,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
 
         TeacherTrainer.recipe = recipe
         model_path = str(inputs["teacher"])
-        checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
+        checkpoints = checkpoint_folder(output, settings, model_path, rows)
         tokenizer = load_tokenizer(model_path)
         pairs = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
@@ -69,6 +69,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         teacher, adapter = load_model(model_path, torch.float32, recipe.quantization), None
         if recipe.lora is not None and not is_adapter(Path(model_path)):
             adapter = lora_config(teacher, recipe.lora, "teacher_update.lora")
+        started = _adapter_weights(teacher)
         with shared_dataset(pairs_and_padding, output.parent) as data:
             trainer = TeacherTrainer(
                 model=teacher,
@@ -78,10 +79,8 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
                 callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
                 peft_config=adapter,
             )
-            if recipe.quantization is not None:  # TRL makes an adapter on quantized weights bf16
-                for parameter in trainer.model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data = parameter.data.float()
+            if recipe.quantization is not None:
+                _restore_fp32(trainer.model, started)
             if not recipe.precomputes_reference:
                 speed_up_scoring(trainer.model, pairs=True)
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))
@@ -103,6 +102,23 @@ def _arguments(settings: programs.Dpo, checkpoints: Path) -> Any:
         max_length=recipe.max_length,
         precompute_ref_log_probs=recipe.precomputes_reference,  # no second teacher in memory
     )
+
+
+def _adapter_weights(teacher: Any) -> dict[str, Any]:
+    """Return copies of the weights of a teacher's adapter, by name; none if it has no adapter."""
+    if not hasattr(teacher, "peft_config"):
+        return {}
+    return {name: weight.detach().clone() for name, weight in teacher.named_parameters() if weight.requires_grad}
+
+
+def _restore_fp32(teacher: Any, weights: Mapping[str, Any]) -> None:
+    """Make the adapter of a quantized teacher fp32 again, with these weights where it has them: TRL makes it bf16.
+
+    A new adapter starts from random weights that bf16 has rounded.
+    """
+    for name, parameter in teacher.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = weights.get(name, parameter.data).to(parameter.device).float()
 
 
 def _encode(tokenizer: Any, rows: list[PairRow], settings: programs.Dpo) -> list[dict[str, list[int]]]:

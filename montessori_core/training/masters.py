@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.load import load_model
+from montessori_core.models.load import load_model, unpartitioned
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +28,23 @@ def trained_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def frozen_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Return name and full value of all other parameters that are saved with a model: none for a LoRA model.
 
-    All processes must read them.
+    DeepSpeed rounds them to bf16 where it trains bf16 copies. Then rank 0 reads them from the model's files, where they may
+    have other names, and the other ranks return nothing. All processes must read them.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad and not hasattr(engine.module, "peft_config"):
-            with GatheredParameters(parameter):
-                yield name, parameter.detach().float()
+    if hasattr(engine.module, "peft_config"):
+        return
+    frozen = {name: parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    if frozen and engine.bfloat16_enabled():
+        if torch.distributed.get_rank() == 0:
+            with unpartitioned():
+                model = load_model(engine.module.name_or_path, torch.float32)
+            yield from ((name, model.get_parameter(name).detach()) for name in frozen)
+        return
+    for name, parameter in frozen.items():
+        with GatheredParameters(parameter):
+            yield name, parameter.detach().float()
 
 
 def full_fp32(engine: Any, parameter: torch.nn.Parameter, state: str | None = None) -> torch.Tensor:
@@ -67,14 +76,14 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
     with a model.
     """
     masters = {}
+    # Before the others: to read them may take a full model's memory.
+    frozen = {name: value.cpu().clone() for name, value in frozen_parameters(engine)}
     for name, parameter in trained_parameters(engine):
         master = full_fp32(engine, parameter)
         if torch.distributed.get_rank() == 0:
             masters[name] = master.cpu()
-    for name, value in frozen_parameters(engine):
-        if torch.distributed.get_rank() == 0:
-            masters[name] = value.cpu().clone()
     if torch.distributed.get_rank() == 0:
+        masters |= frozen
         saved = engine.module.state_dict().keys()
         masters |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in saved}
     return masters
@@ -103,7 +112,7 @@ class MastersCallback(TrainerCallback):
         if hasattr(engine.module, "peft_config") and not is_adapter(self._model):
             return  # a new adapter, initialised at random
         if not _copy_from_files(self._model, parameters):
-            _copy_from_model(self._model, parameters, args)
+            _copy_from_model(self._model, parameters)
 
 
 def _name_in_files(name: str) -> str:
@@ -134,20 +143,16 @@ def _copy_from_files(folder: Path, parameters: dict[str, torch.nn.Parameter]) ->
     return not missing or other_dtypes <= {"BF16"}
 
 
-def _copy_from_model(folder: Path, parameters: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
+def _copy_from_model(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Set masters to the weights of the loaded model, for files whose names or shapes transformers converts.
 
     Every process holds the full model in host memory, at any ZeRO stage.
     """
     from deepspeed.utils import safe_set_full_fp32_param
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     log.info("%s: names in the files differ from those of the model's weights: loading the full model", folder)
-    unset_hf_deepspeed_config()  # or ZeRO-3 would partition it
-    try:
+    with unpartitioned():
         model = load_model(str(folder), torch.float32)
-    finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
     weights = {_name_in_files(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     if missing := sorted(parameters.keys() - weights.keys()):
         raise RuntimeError(f"{folder}: no weights for {len(missing)} trained parameters, e.g. {missing[0]}")

@@ -14,6 +14,7 @@ from montessori_core.config import Optimization
 from montessori_core.errors import DataError
 from montessori_core.files import hash_json
 from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.fingerprints import moments_state
 from montessori_core.training.masters import full_fp32, trained_parameters
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -86,7 +87,7 @@ def cold_moments(model: Any) -> Moments:
 
 
 def save_moments(moments: Moments, folder: Path, recipe: Optimization | None = None) -> None:
-    """Write the moments next to a model's weights; `moments_recipe` reads AdamW's settings of the recipe."""
+    """Write the moments next to a model's weights; `moments_recipe` and `moments_rate` read the recipe's settings."""
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
     # One entry: safetensors writes several in a random order.
@@ -99,7 +100,7 @@ def load_moments(folder: Path) -> Moments:
     """Read the moments that `save_moments` wrote.
 
     Raises:
-        DataError: the folder has no moments.
+        DataError: the folder has no moments, or their file is damaged.
     """
     path = folder / MOMENTS_FILE
     if not path.exists():
@@ -107,10 +108,10 @@ def load_moments(folder: Path) -> Moments:
             f"{path}: not found: this folder is not a warmed-up student; give the folder of a student that a run "
             "trained with its AdamW moments, such as iteration-1/warmup/part-00000"
         )
+    state = moments_state(folder)
     first: dict[str, torch.Tensor] = {}
     second: dict[str, torch.Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        state = json.loads(file.metadata()["adamw"])
         for key in file.keys():  # noqa: SIM118 - not a mapping
             name, _, moment = key.rpartition(".")
             (first if moment == "first" else second)[name] = file.get_tensor(key)

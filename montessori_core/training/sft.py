@@ -47,7 +47,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
 
         StudentTrainer.recipe = recipe
         model_path = str(inputs["student"])
-        checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
+        checkpoints = checkpoint_folder(output, settings, model_path, rows)
         check_positions(Path(model_path), settings.max_length, "student.max_length")
         tokenizer = load_tokenizer(model_path)
         usable = _encode(tokenizer, rows, settings)

@@ -116,7 +116,7 @@ def influence_figure(
     both = len(scaled) > 1
     figure = histogram_figure(
         "Influence before and after the teacher's update" if both else "Influence before the teacher's update",
-        f"Examples right of the solid line are helpful{'; if the update worked, blue is further right than orange' * both}. "
+        f"Examples right of the solid line, the threshold, help{'; if the update worked, blue is further right' * both}. "
         "The labelled lines are the baselines: the student as it is (0), the null step, the median. The grey band, if wide "
         f"enough to be visible, is the noise floor.{outliers}",
         scaled,

@@ -177,6 +177,17 @@ def test_prompts_have_configured_demonstrations(
         assert prompt.endswith("5 plus 6 is")
 
 
+def test_demonstrations_of_fixed_prompt_are_refused(tasks: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    [file] = folder.glob("own_sums.y*ml")
+    file.write_text(file.read_text().replace("num_fewshot: 3", "num_fewshot: 0"))
+    row = {"benchmark": "own_sums", "task": "own_sums", "item": 5, "shots": 2}
+    program = open_harness(Harness(batch_size=1, chat_template=False), {"model": tiny_llama, "tasks": folder})
+    with pytest.raises(DataError, match="'own_sums' has a fixed prompt .* shots: 2 would change nothing"):
+        as_compute(program)([row], tmp_path / "scores.parquet", print)
+    as_compute(program)([row | {"shots": None}], tmp_path / "scores.parquet", print)
+
+
 def test_chat_prompts_have_text_and_fixed_date(
     tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
 ) -> None:
@@ -303,10 +314,12 @@ def test_documented_task_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")
 
 
-def test_metric_without_mean_over_items_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mean", ["mean", "!function own.numpy_mean", "!function own.fmean"])
+def test_metric_without_mean_over_items_is_left_out(mean: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Of perplexity, items have log-likelihoods, whose mean is another number, and better if higher."""
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": "The capital of France is", "word": "Paris"}) + "\n")
-    metrics = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "mean"}]
+    (tmp_path / "own.py").write_text("from statistics import fmean\nfrom numpy import mean as numpy_mean\n")
+    metrics = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "MEAN"}]
     written = {
         "task": "own_words",
         "dataset_path": "json",
@@ -317,7 +330,8 @@ def test_metric_without_mean_over_items_is_left_out(tiny_llama: Path, tmp_path: 
         "doc_to_target": " {{word}}",
         "metric_list": metrics,
     }
-    (tmp_path / "own_words.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "own_words.yaml").write_text(yaml.safe_dump(written).replace("MEAN", mean))
+    assert len(items_of(tmp_path, tmp_path, "own_words")) == 1
     row = {"benchmark": "own_words", "task": "own_words", "item": 0, "shots": None}
     program = open_harness(Harness(batch_size=1, chat_template=False), {"model": tiny_llama, "tasks": tmp_path})
     as_compute(program)([row], tmp_path / "scores.parquet", print)

@@ -185,12 +185,12 @@ def test_failed_opening_ends_no_stage_that_opened(folder: Path, place: str, erro
 def test_full_gpu_fails_only_its_shard(folder: Path) -> None:
     """A second attempt would need as much."""
     (folder / "gpu-21").touch()
+    made = replace(stage(folder), kind="evaluation")
     with pytest.raises(ShardsFailed) as failure:
-        run(folder, jobs=1)
+        fan_out(made, as_shards(*SHARDS), Resources(parallel_jobs=1, cpus_per_process=1), CLUSTER)
     [failed] = failure.value.failures
     assert (failed.shard, failed.kind) == (2, "gpu_out_of_memory")
-    assert "micro_batch_size" in failed.error
-    assert "memory_gb" not in failed.error
+    assert "2.00 GiB.; needs less memory: --set benchmarks.batch_size=1" in failed.error
     assert computed(folder).count(21) == 1
     [recorded] = read_stage_status(folder / "stage", CLUSTER).failures  # for later status calls
     assert (recorded.kind, recorded.error) == (failed.kind, failed.error)
@@ -689,7 +689,7 @@ def test_slurm_jobs_without_slurm_are_an_error(folder: Path, monkeypatch: pytest
     ledger.submissions = [Submission("montessori-squares", "w", [[0]], None, 1, ids=["17"])]
     ledger.save()
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(UserError, match=r"Slurm jobs .* no sbatch here.* login node.* remove jobs/ledger\.json"):
+    with pytest.raises(UserError, match=r"Slurm jobs .* no squeue here.* login node.* remove jobs/ledger\.json"):
         run(folder)
     assert computed(folder) == []
 

@@ -1,6 +1,7 @@
 """Drivers that are interrupted, killed or started twice: the resumed run has the tables of an uninterrupted one."""
 
 import os
+import platform
 import pty
 import random
 import shutil
@@ -15,10 +16,14 @@ import psutil
 import pytest
 import yaml
 
+from cluster.ledger import Ledger, Submission
+from cluster.lock import only_driver
+from cluster.processes import start_time
 from cluster.supervisor import kill_tree
 from cluster.usage import use_of
 from flows.prefect_server import starting_server
-from support import ROOT, wait_until
+from support import ROOT, squares, wait_until
+from support.row_programs import as_shards
 from support.runs import (
     DIES_WHILE_JOINING,
     await_job,
@@ -117,7 +122,9 @@ def test_temporary_server_waits_for_server_that_starts(tmp_path: Path, monkeypat
             [
                 sys.executable,
                 "-c",
-                "from flows.cli.interrupt import interruptible; interruptible(lambda: print('ready'), '')",
+                "from pathlib import Path; from flows.cli.interrupt import interruptible; "
+                "from montessori_core.config import Cluster; "
+                "interruptible(lambda: print('ready'), Path(), Cluster(), '')",
             ],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -168,6 +175,49 @@ def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> Non
     assert "the jobs were cancelled, finished work is kept" in text
     assert "resume" in text.split("Resume with:")[1]
     assert not left_over(tmp_path)
+
+
+INTERRUPTED_BEFORE_A_STAGE = """
+import signal, sys
+from contextlib import nullcontext
+from pathlib import Path
+from cluster.lock import only_driver
+from flows.cli.interrupt import interruptible
+from montessori_core.config import Cluster
+folder, drives = Path(sys.argv[1]), len(sys.argv) == 2
+def flow():
+    with only_driver(folder) if drives else nullcontext():
+        signal.raise_signal(signal.SIGINT)
+interruptible(flow, folder, Cluster(), "montessori resume")
+"""
+
+
+def test_ctrl_c_ends_jobs_of_later_stages(shared_server: dict[str, str], tmp_path: Path) -> None:
+    """The driver before was killed in a stage that this one has not reached. Jobs of another driver are left alone."""
+    stage = squares.stage(tmp_path)
+    stage.write(as_shards(*squares.SHARDS))
+    ledger = Ledger(stage.folder / "jobs")
+    with subprocess.Popen(["sleep", "600"]) as job:
+        ids = [f"{job.pid}:{start_time(job.pid)}"]
+        ledger.submissions = [Submission("of-a-killed-driver", "w", [[0]], platform.node(), 1, ids=ids)]
+        ledger.save()
+
+        def interrupted(*arguments: str) -> str:
+            command = [sys.executable, "-c", INTERRUPTED_BEFORE_A_STAGE, str(tmp_path), *arguments]
+            environment = os.environ | shared_server | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+            return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False).stdout
+
+        try:
+            with only_driver(tmp_path):
+                output = interrupted("beside another driver")
+            assert "some jobs of this run may still be running" in output
+            assert "already has a driver" in output
+            assert job.poll() is None
+            output = interrupted()
+            assert "the jobs were cancelled, finished work is kept" in output
+            assert job.poll() == -signal.SIGKILL
+        finally:
+            job.kill()
 
 
 @pytest.mark.guarantee("second driver on the same run")

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ logging.basicConfig()
 with only_driver(Path(sys.argv[1])):
     print("drives", flush=True)
     time.sleep(600)
+"""
+OPENS = """
+import sys
+from pathlib import Path
+from cluster.lock import driver_of, no_driver
+with no_driver(Path(sys.argv[1])):
+    pass
+print(driver_of(Path(sys.argv[1])))
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -97,6 +107,17 @@ def test_remote_driver_counts_until_its_file_is_removed(tmp_path: Path, environm
     assert outcome(driver) == "drives"
     driver.kill()
     driver.communicate()
+
+
+def test_opened_run_has_no_driver_whose_process_id_was_reused(tmp_path: Path, environment: dict[str, str]) -> None:
+    """A driver died; another process, which is not to be interrupted, has its id."""
+    path = tmp_path / layout.DRIVER_LOCK
+    path.write_text(Driver(process=os.getpid(), host=socket.gethostname(), folder=str(tmp_path)).model_dump_json())
+    os.utime(path, (time.time() - 86400,) * 2)
+    for _ in range(2):
+        command = [sys.executable, "-c", OPENS, str(tmp_path)]
+        opening = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        assert opening.stdout == "None\n"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from flows.cli import app
 from flows.cli.console import console
 from flows.cli.tables import print_evaluation
 from flows.evaluation import RESULT
+from montessori_core import programs
 from montessori_core.errors import UserError
 from montessori_core.files import make_folder_of_pickles
 from montessori_core.models.chat import IGNORED, encode_example
@@ -63,7 +64,7 @@ def test_only_owner_writes_folders_with_pickles(
         folder.mkdir(parents=True)
         folder.chmod(0o777)
     make_folder_of_pickles(jobs)
-    checkpoint = checkpoint_folder(tmp_path / "stage" / "part-00000", {}, str(model_with_code), [])
+    checkpoint = checkpoint_folder(tmp_path / "stage" / "part-00000", programs.NoSettings(), str(model_with_code), [])
     assert [oct(stat.S_IMODE(folder.stat().st_mode)) for folder in (jobs, checkpoint)] == ["0o755", "0o755"]
 
 

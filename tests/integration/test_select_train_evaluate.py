@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from flows.training import training_experiment
 from montessori_core.config import DataSource
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import EXAMPLES as EXAMPLE_TABLE
 from montessori_core.data.tables import INFLUENCE, read_table, write_table
+from montessori_core.errors import ConfigError
 from montessori_core.files import read_json
 from montessori_core.influence.table import read_influence_metadata_of, schema_with_metadata
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
@@ -247,6 +249,32 @@ def test_bad_options_are_refused(tiny_llama: Path, tmp_path: Path, options: list
     assert code == 1
     assert message in output
     assert not (tmp_path / "out").exists()
+
+
+def test_training_checks_what_it_uses_alone() -> None:
+    """Warm-up, teacher update and synthesis are of no use to a training, whatever the processes of its jobs."""
+    content = {
+        "teacher": {"model": "absent/teacher"},
+        "student": {"max_length": 96},
+        "synthesis": {"filters": [{"filter": "judge"}]},
+        "warmup": {"batch_size": 3},
+        "teacher_update": {"batch_size": 1},
+        "training": {"batch_size": 12, "micro_batch_size": 3},
+        "cluster": {"resources": {"training": {"processes_per_node": 4}, "teacher_update": {"processes_per_node": 9}}},
+    }
+    experiment = training_experiment(content, "student", "file")
+    assert (experiment.training.batch_size, experiment.student.max_length) == (12, 96)
+    assert experiment.cluster.resources.training.processes_per_node == 4
+    for section, value, message in (
+        ("training", {"batch_size": 6, "micro_batch_size": 3}, r"training.batch_size \(6\) .* x 4 processes"),
+        ("training", {"batch_size": 6, "micro_batch_size": 4}, r"training: batch_size \(6\) must be a multiple of"),
+        ("cluster", {"resources": {"training": {"processes": 4}}}, "cluster.resources.training.processes"),
+        ("cluster", 1, "cluster: "),
+        ("trainings", {}, "trainings"),
+    ):
+        with pytest.raises(ConfigError, match=message) as refusal:
+            training_experiment(content | {section: value}, "student", "file")
+        assert "warmup" not in str(refusal.value)
 
 
 def test_absent_data_and_present_output_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two users of one group whose runs lie in one folder: group-writable, with umask 002 and the setgid bit."""
+"""Two users of one group whose runs lie in one folder: group-writable, with umask 002 and the setgid and the sticky bit."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def shared() -> Iterator[Path]:
     for path in (folder, folder / "runs"):
         path.mkdir(exist_ok=True)
         os.chown(path, 0, GROUP)
-        path.chmod(0o2775)
+        path.chmod(0o3775)
     yield folder
     shutil.rmtree(folder)
 

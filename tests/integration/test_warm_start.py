@@ -24,6 +24,8 @@ from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
 from support import NO_LIBRARIES, ROOT, wait_until
 from support.row_programs import as_shards
+from support.runs import call
+from support.slurm_lab import put_command
 
 CLUSTER = Cluster(poll_seconds=0.05)
 PROGRAM = """
@@ -448,3 +450,37 @@ def test_warm_process_ends_with_its_driver() -> None:
     code = "from cluster.warm_start import *; print(warm_process().pid, flush=True)"
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert not lives(pid)
+
+
+BUILT_FOR_CUDA = """
+import importlib.abc, importlib.util, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.util.find_spec(name)
+        execute = found.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            module.backends.cuda.is_built = lambda: True
+        found.loader.exec_module = exec_module
+        return found
+sys.meta_path.insert(0, Finder())
+"""
+"""A sitecustomize with which torch is built for CUDA, and sees no GPU, as with a driver that is too old for it."""
+
+
+@pytest.mark.slow
+def test_doctor_reports_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BUILT_FOR_CUDA)
+    put_command(tmp_path / "bin" / "nvidia-smi", "echo 'GPU 0: H100'")
+    (tmp_path / "cluster.yaml").write_text("{profile: local, resources: {training: {gpus_per_node: 1}}}")
+    path = {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+    code, output = call("doctor", "--cluster", "cluster.yaml", cwd=tmp_path, CUDA_VISIBLE_DEVICES="0", **path)
+    assert code == 1
+    assert "BAD  training job: GPUs: torch sees 0 of 1\n      remedy: install torch's CUDA build" in output
+    assert "all-reduce of two processes: 2 processes, sum 2" in output

@@ -9,9 +9,12 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from montessori_core import programs
+from montessori_core.config import TeacherUpdate, Zero
 from montessori_core.training import checkpoints
 from montessori_core.training.checkpoints import (
     CheckpointCallback,
+    checkpoint_folder,
     last_complete_checkpoint,
     remove_other_checkpoints,
 )
@@ -97,3 +100,24 @@ def test_signal_handler_is_restored_after_training(training: Training) -> None:
     training.end()
     os.kill(os.getpid(), signal.SIGUSR2)
     assert gone == [signal.SIGUSR2]
+
+
+def test_new_option_that_is_off_keeps_checkpoints(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LaterDpo(programs.Dpo):
+        """DPO in a later version."""
+
+        new_option: int | None = None
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = {"prompt_style": "chat", "recipe": TeacherUpdate(), "zero": Zero(), "seed": 0}
+    before, off, on = (
+        checkpoint_folder(tmp_path / "part-00000", dpo, str(tiny_llama), [])
+        for dpo in (
+            programs.Dpo.model_validate(settings),
+            LaterDpo.model_validate(settings),
+            LaterDpo.model_validate(settings | {"new_option": 1}),
+        )
+    )
+    assert before == off != on

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from cluster.backends.slurm import gpu_options
-from montessori_core.config import Cluster, Resources, Slurm, parse, parse_yaml
+from montessori_core.config import Cluster, Resources, Slurm, parse, parse_experiment, parse_yaml, read_yaml
 from montessori_core.config.slurm import JobOptions
 from montessori_core.errors import ConfigError
+from support import CONFIGS, ROOT
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,14 @@ def test_training_without_gpu_for_each_process_is_refused(stage: str) -> None:
         ConfigError, match=rf"{stage}.processes_per_node \(4\) is more than {stage}.gpus_per_node \(2\).*; set"
     ):
         parse(Cluster, {"resources": {stage: {"processes_per_node": 4, "gpus_per_node": 2}}}, "test")
-    parse(Cluster, {"resources": {"generation": {"processes_per_node": 4, "gpus_per_node": 2}}}, "test")
+
+
+@pytest.mark.parametrize("stage", ["generation", "influence", "evaluation", "judging"])
+def test_idle_processes_are_refused(stage: str) -> None:
+    """One process computes the rows of a job; others would hold GPUs and wait."""
+    for resources in ({"processes_per_node": 8, "gpus_per_node": 8}, {"nodes": 2}):
+        with pytest.raises(ConfigError, match=rf"{stage}: . nodes with . processes each.* {stage}.parallel_jobs"):
+            parse(Cluster, {"resources": {stage: resources}}, "test")
 
 
 GPUS, MEMORY = {"training": {"gpus_per_node": 4}}, {"training": {"memory_gb": 8}}
@@ -178,3 +186,16 @@ def test_bad_options_of_a_stage_are_refused(stages: dict[str, object], message: 
 def test_stage_without_gpus_may_set_gres() -> None:
     content = {"slurm": {"stages": {"judging": {"extra": {"gres": "gpu:1"}}}}, "resources": GPUS}
     assert parse(Cluster, content, "test").slurm.of_stage("judging").extra == {"gres": "gpu:1"}
+
+
+@pytest.mark.parametrize("preset", ["paper-1b", "paper-8b"])
+def test_documented_clusters_fit_the_paper_presets(preset: str) -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    blocks = [parse_yaml(block, "docs/cluster.md") for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    clusters = [block["cluster"] for block in blocks if "training" in block.get("cluster", {}).get("resources", {})]
+    assert [cluster["profile"] for cluster in clusters] == ["slurm", "allocation"]
+    for cluster in clusters:
+        resources = parse_experiment(
+            read_yaml(CONFIGS / f"{preset}.yaml") | {"cluster": cluster}, preset
+        ).cluster.resources
+        assert resources.evaluation.gpus_per_node

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cluster.backends.held import _names_of
 from flows.cli.evaluate import _derive_name
 from flows.evaluation import RESULT, Evaluation, evaluate, evaluated_experiment, open_evaluation
 from montessori_core.config import parse_experiment
@@ -15,6 +16,7 @@ from montessori_core.data.sources import load_tasks
 from montessori_core.errors import ConfigError, UserError
 from support.reports import write_run, write_study
 from support.runs import invoke
+from support.slurm_lab import become_login_node
 
 
 def write_set(path: Path, topics: list[str]) -> None:
@@ -60,6 +62,22 @@ def test_result_of_a_changed_model_is_removed(tiny_llama: Path, tmp_path: Path) 
     result.touch()
     assert opened(tmp_path, model)[1] == []
     assert result.exists()
+
+
+def test_opening_keeps_held_jobs_of_killed_driver(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver that then starts waits for their steps, and uses them."""
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    held = f"17|17_0|RUNNING|None|3:00:00|{_names_of(tmp_path / 'mine')}12345678"
+    calls = tmp_path / "calls"
+    script = f'echo "$0 $*" >>{calls}'
+    become_login_node(monkeypatch, tmp_path, squeue=f"{script}; echo '{held}'", scancel=script)
+    cluster = {"profile": "slurm", "slurm": {"hold": {}}}
+    evaluation, _ = opened(tmp_path, tiny_llama, cluster=cluster)
+    (evaluation.run.folder / "held").mkdir()
+    opened(tmp_path, tiny_llama, cluster=cluster)
+    assert not calls.exists() or "scancel" not in calls.read_text()
 
 
 def test_changed_settings_of_an_evaluation_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

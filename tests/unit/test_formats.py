@@ -447,3 +447,13 @@ def test_text_that_begins_like_a_list_stays_text(tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": "[1, 2]"} for text in ("[1] and [2]", '["a"]', "[]")]
     tasks = read_tasks(DataSource(path=write(tmp_path / "rows.jsonl", rows)), "reference", with_response=True)
     assert [(task.instruction, task.response) for task in tasks] == [(row["prompt"], "[1, 2]") for row in rows]
+
+
+@pytest.mark.parametrize(("limit", "told"), [(1, " (reference.limit)"), (2, " (reference.limit)"), (3, ""), (None, "")])
+def test_log_tells_whether_a_limit_was_reached(limit: int | None, told: str, tmp_path: Path) -> None:
+    rows = [{"instruction": instruction, "output": output} for instruction, output in PAIRS]
+    reader = TaskReader(
+        DataSource(path=write(tmp_path / "rows.jsonl", rows), limit=limit), "reference", with_response=True
+    )
+    tasks = list(reader)
+    assert reader.summary() == f"reference: {len(tasks)} rows{told}, format: alpaca"

@@ -1,17 +1,23 @@
-"""Names of reference sets."""
+"""Inputs of a measurement: names of reference sets, AdamW's moments, and the rate of a step."""
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from flows.measurement import Measurement, names_of_targets, opened_inputs
-from montessori_core.config import Cluster, DataSource, Influence, Student
+from flows.measurement import Measurement, names_of_targets, opened_inputs, step_rate
+from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
-from montessori_core.errors import UserError
+from montessori_core.errors import DataError, UserError
 from montessori_core.influence.table import NOTES, schema_with_metadata
+from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.fingerprints import moments_recipe
+from montessori_core.training.moments import Moments, load_moments, save_moments
 from support.runs import invoke
 
 
@@ -85,3 +91,45 @@ def test_log_names_one_of_several_sets(tiny_llama: Path, tmp_path: Path, caplog:
         measurement = Measurement(student, None, pool, coding, Influence(), "student", Cluster(), targets=targets)
         with opened_inputs(measurement, tmp_path / "measured"):
             assert caplog.messages == ["examples: 3 rows, format: alpaca", *logged]
+
+
+def test_step_has_the_rate_of_the_warm_state(tmp_path: Path) -> None:
+    assert step_rate(None) == step_rate(tmp_path) == Warmup().learning_rate
+    moments = Moments({"weight": torch.ones(2)}, {"weight": torch.ones(2)}, 3, {})
+    save_moments(moments, tmp_path, Warmup(learning_rate=3e-5).shared())
+    assert step_rate(tmp_path) == 3e-5
+    assert moments_recipe(tmp_path) == {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0}
+    without_rate = {"adamw": json.dumps({"step": 3, "weights": {}, "recipe": {"beta1": 0.9}})}  # as of earlier versions
+    save_file(dict(moments.first), tmp_path / MOMENTS_FILE, metadata=without_rate)
+    assert step_rate(tmp_path) == Warmup().learning_rate
+
+
+def _write_cut(folder: Path) -> None:
+    save_moments(Moments({"w": torch.zeros(500)}, {"w": torch.ones(500)}, 1), folder)
+    file = folder / MOMENTS_FILE
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _write_foreign(folder: Path) -> None:
+    save_file({"w.first": torch.zeros(2)}, folder / MOMENTS_FILE)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"), [(_write_cut, r"\d+ bytes instead of \d+"), (_write_foreign, "without step, weights")]
+)
+def test_damaged_moments_are_refused_before_jobs(
+    tiny_llama: Path, tmp_path: Path, write: Callable[[Path], None], reason: str
+) -> None:
+    write(tmp_path)
+    message = (
+        rf"{MOMENTS_FILE}: not AdamW's moments, or damaged \({reason}\); copy the file again, or leave out --warm-st"
+    )
+    with pytest.raises(DataError, match=message):
+        load_moments(tmp_path)
+    (tmp_path / "pool.jsonl").write_text('{"instruction": "Say hello.", "output": "Hello."}')
+    pool = DataSource(path=str(tmp_path / "pool.jsonl"))
+    student = Student(model=str(tiny_llama), max_length=64)
+    measurement = Measurement(student, tmp_path, pool, pool, Influence(), "student", Cluster())
+    with pytest.raises(DataError, match=message), opened_inputs(measurement, tmp_path / "measured"):
+        pass
+    assert not (tmp_path / "measured").exists()

@@ -23,6 +23,7 @@ from montessori_core.program import Row
 from tasks import nomad
 from tasks.benchmarks import BenchmarkResult
 from tasks.evaluation import StudentEvaluation
+from tasks.influence import influence_settings
 from tasks.run import Model, Run
 from tasks.stage import Step
 from tasks.synthesis import SynthesisResult
@@ -221,3 +222,21 @@ def test_nomad_needs_full_batches(tiny_llama: Path, tmp_path: Path) -> None:
         )
     fitting = {"batch_size": 8, "teacher_examples": 60, "training": {"batch_size": 128}}
     open_study(study_of_nomad(tiny_llama, nomad=fitting), tmp_path / "fits")
+
+
+@pytest.mark.parametrize(
+    ("preferences", "sequential"),
+    [({"pairs": "across_prompts", "baseline": "null_step"}, False), ({"baseline": "null_step"}, True)],
+)
+def test_pairs_of_answers_can_be_measured(preferences: dict[str, Any], sequential: bool, tmp_path: Path) -> None:
+    """The mean of a prompt, which then divides answers, is no baseline of a sequential test."""
+    content = {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "influence": {"estimator": "exact", "sequential": {}},
+        "preferences": preferences,
+    }
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test").pairing_answers()
+    settings = influence_settings(step.experiment, "exact", {})
+    assert (settings.sequential is not None) is sequential
+    assert (settings.baseline is not None) is sequential

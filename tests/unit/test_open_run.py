@@ -1,14 +1,18 @@
 """Warnings of a run before its first job."""
 
+import errno
 import json
+import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.lock import only_driver
+from flows.cli.run import folder_of
 from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
@@ -375,13 +379,54 @@ def test_open_run_leaves_run_that_another_command_creates(
         assert files == {"driver.lock", "config.yaml"} if finished else {"driver.lock"}
 
 
+def test_interrupted_opening_keeps_no_benchmark_of_another_name(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is opened with other files, which ends at any of its writes; then the run is resumed with its former settings."""
+    settings = {}
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"instruction": f"Say {name}.", "output": name}])
+        (tmp_path / f"tasks-{name}").mkdir()
+        (tmp_path / f"tasks-{name}" / f"{name}.yaml").touch()
+        settings[name] = {
+            "alpaca_eval": str(tmp_path / f"{name}.jsonl"),
+            "task_folder": str(tmp_path / f"tasks-{name}"),
+        }
+    judge = {"model": "judge"}
+    warnings_of(tmp_path / "first", tiny_llama, benchmarks=settings["a"], judge=judge)
+
+    replace = os.replace
+    for writes in range(20):
+        folder = tmp_path / str(writes)
+        shutil.copytree(tmp_path / "first", folder)
+        left = iter(range(writes))
+
+        def replace_some(source: Path, target: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device", str(target))
+            replace(source, target)
+
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "replace", replace_some)
+            with suppress(UserError):
+                warnings_of(folder, tiny_llama, benchmarks=settings["b"], judge=judge)
+                break
+        warnings_of(folder, tiny_llama, benchmarks=settings["a"], judge=judge)
+        copies = folder / "run" / "sources"
+        assert (copies / "alpaca_eval.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()
+        assert [file.name for file in (copies / "task_folder").iterdir()] == ["a.yaml"]
+    assert writes > 4
+
+
 def test_opening_keeps_the_job_as_driver(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings_of(tmp_path, tiny_llama)
-    record = '{"job":"17","job_name":"montessori-driver-1"}'
-    (tmp_path / "run" / "driver.lock").write_text(record)
+    lock = tmp_path / "run" / "driver.lock"
+    lock.write_text('{"job":"17","job_name":"montessori-driver-1"}')
     monkeypatch.setenv("MONTESSORI_DRIVER_JOB", "montessori-driver-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     warnings_of(tmp_path, tiny_llama)
-    assert (tmp_path / "run" / "driver.lock").read_text() == record
+    kept = json.loads(lock.read_text())
+    assert (kept["job"], kept["job_name"]) == ("17", "montessori-driver-1")
 
 
 @pytest.mark.parametrize(
@@ -402,3 +447,22 @@ def test_set_beside_cluster_file_is_refused(words: list[str], tmp_path: Path) ->
     assert code == 1, output
     refusal = f"--set {setting}: --cluster cluster.yaml replaces the section cluster; set it in that file"
     assert refusal in " ".join(output.split())
+
+
+def test_configuration_of_a_run_continues_it(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the run was copied, which keeps its name in the configuration, and wherever the command is started."""
+    warnings_of(tmp_path, tiny_llama)
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "copy")
+    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "config.yaml")
+    config = tmp_path / "elsewhere" / "copy" / "config.yaml"
+    experiment = read_experiment(config, ("preferences.max_pairs=3",))
+    renamed = read_experiment(config, ("name=another",))
+    for root, opened, file, expected in (
+        (None, experiment, config, config.parent),
+        (Path("elsewhere"), experiment, config.relative_to(tmp_path), config.parent),
+        (None, renamed, config, Path("runs/another")),
+        (Path("other"), experiment, config, Path("other") / experiment.name),
+        (None, experiment, tmp_path / "config.yaml", Path("runs") / experiment.name),
+    ):
+        monkeypatch.chdir(tmp_path)  # continuing a run enters the directory where it was started
+        assert folder_of(opened, file, root) == expected

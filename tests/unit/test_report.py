@@ -329,7 +329,7 @@ def test_report_takes_out_longer_responses_of_update(run: Path, tmp_path: Path) 
 def test_report_warns_of_cut_examples_and_dominating_gradients(run: Path, tmp_path: Path) -> None:
     shown = page_of(run).text
     assert "own gradient decides" not in shown
-    assert "examples and of 0 reference examples is cut" in shown
+    assert "examples is cut" in shown
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / "iteration-1" / "influence.parquet"
     table = read_table(path, INFLUENCE)

@@ -2,11 +2,13 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from pydantic import ValidationError
 
 from flows.validation import MeasuredStages
 from montessori_core.config import Influence, Preferences, Screening
@@ -320,3 +322,21 @@ def test_interval_is_clopper_pearsons() -> None:
     assert (round(nine.low, 4), round(nine.high, 4)) == (0.5550, 0.9975)
     none = Agreement.of(np.zeros(5, bool))
     assert (none.low, round(none.high, 4)) == (0.0, 0.5218)
+
+
+@pytest.mark.parametrize(
+    ("examples", "rate", "enough"),
+    [(100, 0.05, True), (40, 0.05, True), (98, 0.02, True), (97, 0.02, True), (96, 0.02, False), (100, 0.01, False)],
+)
+def test_audit_too_small_for_its_error_rate_is_refused(examples: int, rate: float, enough: bool) -> None:
+    """Every example would be in doubt, and measured exactly."""
+    settings = {"audit_examples": examples, "error_rate": rate}
+    if enough:
+        Screening.model_validate(settings)
+        assert math.isfinite(conformal_width(np.zeros(-(-examples // 2)), rate))
+        return
+    assert math.isinf(conformal_width(np.zeros(-(-examples // 2)), rate))
+    with pytest.raises(ValidationError, match="too few to tell an error") as refusal:
+        Screening.model_validate(settings)
+    needed = int(re.findall(r"set at least (\d+)", str(refusal.value))[0])
+    Screening.model_validate(settings | {"audit_examples": needed})

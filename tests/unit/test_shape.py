@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AriaTextConfig,
     AutoModelForCausalLM,
+    BltConfig,
     DbrxConfig,
     DeepseekV3Config,
     Gemma3nTextConfig,
@@ -15,6 +16,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from montessori_core.errors import UserError
 from montessori_core.models.shape import Shape
 
 SIZES = {
@@ -69,3 +71,10 @@ def test_shape_counts_what_computes_a_token(config: PreTrainedConfig, experts: i
     with torch.device("meta"):
         shape = Shape.of(AutoModelForCausalLM.from_config(config))
     assert (shape.experts, shape.intermediate) == (experts, intermediate)
+
+
+def test_model_of_several_models_is_refused() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BltConfig())
+    with pytest.raises(UserError, match=r"type 'blt' have no hidden_size, num_hidden_layers in .*of another type"):
+        Shape.of(model)

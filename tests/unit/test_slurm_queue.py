@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.backends import open_backend
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.slurm import SlurmBackend
-from montessori_core.config import Resources, Slurm
+from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
 from support.slurm_lab import become_login_node
 
@@ -97,5 +98,7 @@ def test_missing_command_of_slurm_is_named(tmp_path: Path, monkeypatch: pytest.M
     become_login_node(monkeypatch, tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin" / command).unlink()
-    with pytest.raises(UserError, match=f"profile is slurm, but there is no {command} here; start on a login node"):
-        SlurmBackend(Slurm(), Resources(), None)
+    for hold in (None, HeldJobs()):
+        cluster = Cluster(profile="slurm", slurm=Slurm(hold=hold))
+        with pytest.raises(UserError, match=f"profile is slurm, but there is no {command} here; start on a login node"):
+            open_backend(cluster, Resources(), None, driven=tmp_path)

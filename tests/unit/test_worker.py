@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import submitit
 import torch
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from cluster.backends.slurm import _Restartable
+from cluster.step import run_step
 from cluster.worker import classify_error
 from montessori_core.errors import UserError
 from montessori_core.program import NotOpened, ProcessLost
-from support import ROOT
+from support import ROOT, squares
+from support.row_programs import as_shards
 from support.slurm_lab import put_command
+
+folder = squares.folder
 
 
 @pytest.mark.parametrize("fault", ["exit 1", "exec /bin/sleep 60", None])
@@ -101,3 +107,14 @@ def test_waiting_threads_of_jobs_soon_sleep(own: dict[str, str], spins: str) -> 
     environment = kept | own | {"OMP_DISPLAY_ENV": "verbose"}
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", shown.stderr) == [spins]
+
+
+def test_jobs_queued_by_earlier_version_run(folder: Path) -> None:
+    """Their pickles do not say how many GPUs they asked for."""
+    stage = squares.stage(folder)
+    stage.write(as_shards(*squares.SHARDS))
+    executor = submitit.LocalExecutor(stage.folder / "jobs" / "earlier")
+    jobs = [executor.submit(task, str(stage.folder), [i], 1) for i, task in enumerate((_Restartable(), run_step))]
+    for index, job in enumerate(jobs):
+        job.result()
+        assert stage.is_done(index)

@@ -134,7 +134,8 @@ def test_second_interrupt_ends_steps(folder: Path) -> None:
     )
     assert job.returncode == 0, job.stderr
     [job_id] = queued("--format=%i")
-    call = f"t.interruptible(lambda: t.drive(Path({str(folder)!r}), 60.0), '')"
+    place = f"Path({str(folder)!r})"
+    call = f"t.interruptible(lambda: t.drive({place}, 60.0), {place}, t.Cluster(), '')"
     driver = subprocess.Popen(
         command_of("test_slurm_allocation", call),
         env=os.environ | {"SLURM_JOB_ID": job_id},

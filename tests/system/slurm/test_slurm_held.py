@@ -313,7 +313,8 @@ def test_held_jobs_end_with_a_cancelled_flow_run(folder: Path) -> None:
 @pytest.mark.slow
 def test_held_jobs_end_with_a_driver_that_exits_at_once(folder: Path) -> None:
     """After a second Ctrl-C."""
-    call = f"t.interruptible(lambda: t.drive(Path({str(folder)!r}), 60.0), '')"
+    place = f"Path({str(folder)!r})"
+    call = f"t.interruptible(lambda: t.drive({place}, 60.0), {place}, t.Cluster(), '')"
     driver = subprocess.Popen(
         command_of("test_slurm_held", call), start_new_session=True, stdout=subprocess.PIPE, text=True
     )
