@@ -58,8 +58,8 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
         ):
             url = api.removesuffix("/api")
             _write_state(lock, {"url": url, "process": os.getpid(), "host": platform.node()})
-            from flows.experiment import RUN_ROOT
             from tasks.report import REPORTS
+            from tasks.resume import RUN_ROOT
 
             os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
             _register_crash_detection()

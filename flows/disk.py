@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.status import stages_of
 from montessori_core.config import Experiment, Study
 from montessori_core.models.fetch import full_model
 from montessori_core.models.fingerprints import count_weights
+from tasks.resume import run_root_option
 from tasks.run import Run
 
 # Bytes for each weight. A checkpoint has moments and two copies of the weights, for transformers and for DeepSpeed: both in
@@ -69,18 +71,27 @@ def warn_of_space(folder: Path, needed: int) -> list[str]:
         return []
     return [
         f"{folder}: models may need {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free. Free space, or choose "
-        "another --run-root. If the disk fills up, finished work is kept, and the same command continues"
+        f"another {run_root_option()}. If the disk fills up, finished work is kept, and the same command continues"
     ]
 
 
 def warn_of_run(run: Run) -> list[str]:
-    """Return a warning if a new run may fill the disk."""
+    """Return a warning if a new run may fill the disk; a resumed run has models there already."""
+    if stages_of(run.folder):
+        return []
     kept = Kept.of(run)
     return warn_of_space(run.folder, kept.of_run(run.experiment) + kept.checkpoints)
 
 
 def warn_of_study(study: Study, runs: Sequence[Run], folder: Path) -> list[str]:
-    """Return a warning if a new study may fill the disk; `runs` are a seed's: of its student, and of transfer students."""
+    """Return a warning if a new study may fill the disk, as `warn_of_run`.
+
+    Args:
+        study, folder: the study and its folder.
+        runs: of a seed: of its student, and of transfer students.
+    """
+    if stages_of(folder):
+        return []
     kept, *transfer = map(Kept.of, runs)
     checkpoints = max(of.checkpoints for of in (kept, *transfer))
     return warn_of_space(folder, kept.of_study(study, transfer) + checkpoints)

@@ -24,10 +24,12 @@ from montessori_core.config import (
     Used,
     parse_experiment,
     read_experiment,
+    with_student,
     without_unused,
     write_yaml,
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
+from montessori_core.data.origins import Origin, write_origins
 from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tasks
 from montessori_core.data.tables import open_parquet
 from montessori_core.errors import UserError
@@ -54,7 +56,7 @@ _USED: Used = {
         Experiment,
         ("name", "seed", "student", "evaluation", "synthesis", "influence", "judge", "benchmarks", "cluster"),
     ),
-    "student": (Student, ("model", "max_length", "chat_template", "chat_template_kwargs")),
+    "student": (Student, ("model", "revision", "max_length", "chat_template", "chat_template_kwargs")),
     "synthesis": (Synthesis, ("engine", "engine_options", "instructions_per_shard")),
     "influence": (Influence, ("reference_batch_tokens",)),
     "cluster.resources": (StageResources, ("generation", "evaluation", "judging")),
@@ -89,7 +91,8 @@ def evaluate(experiment: Experiment, model: str, name: Annotated[FolderName, Fie
         model: folder or Hugging Face id of the model.
         name: name of the evaluation and of its folder.
     """
-    used = evaluated_experiment(experiment.model_dump(mode="json"), model, name, "experiment")
+    content = with_student(experiment.model_dump(mode="json"), model)
+    used = evaluated_experiment(content, model, name, "experiment")
     evaluation, warnings = open_evaluation(used, run_root() / name)
     log_warnings(warnings)
     _evaluate(evaluation)
@@ -133,25 +136,28 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
     commits, config = _check_folder(experiment, folder), folder / layout.CONFIG
-    run, bad_rows = Run(folder.resolve(), experiment), list[BadRow]()
-    examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows)
+    run, bad_rows, origins = Run(folder.resolve(), experiment), list[BadRow](), dict[str, Origin]()
+    examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins)
     check_benchmarks(experiment.benchmarks, {})
     check_environment(experiment)
-    pinned = experiment.student.model_copy(update={"revision": commits.get(experiment.student.model)})
+    student = experiment.student
+    name = f"{student.model}@{student.revision or 'main'}"
+    pinned = student.model_copy(update={"revision": commits.get(name, student.revision)})
     commit = commit_of(check_student(pinned))
     folder.mkdir(parents=True, exist_ok=True)
     with no_driver(folder):
         model = open_student(pinned, run.folder)
         warnings = [*thinking_warning("evaluation.path", examples), *idle_gpus(experiment.cluster)]
-        changed = _copy_examples(examples, bad_rows, run)
+        changed = [*_copy_examples(examples, bad_rows, run), *_changed_model(run, model)]
         if changed or (config.exists() and read_experiment(config).benchmarks != experiment.benchmarks):
             (folder / RESULT).unlink(missing_ok=True)
         warnings += changed
         copy_benchmarks(experiment.benchmarks, run.folder / layout.SOURCES, {})
-        write_json({} if commit is None else {experiment.student.model: commit}, folder / layout.MODEL_COMMITS)
+        write_json({} if commit is None else {name: commit}, folder / layout.MODEL_COMMITS)
+        write_origins(origins, folder / layout.ORIGINS)
         write_provenance(folder, {"student": model.sha256})
-        name, cluster = experiment.student.model, experiment.cluster
-        record_command(folder, command_to_evaluate(name, folder), name, folder / RESULT, cluster)
+        command = command_to_evaluate(student.model, folder)
+        record_command(folder, command, student.model, folder / RESULT, experiment.cluster)
         write_yaml(experiment, config)
     open_backend(experiment.cluster, experiment.cluster.resources.evaluation, None).prepare()
     return Evaluation(run, model), warnings
@@ -186,6 +192,17 @@ def _copy_examples(examples: list[Task], bad_rows: list[BadRow], run: Run) -> li
     return [
         f"evaluation.path: {run.experiment.evaluation.path} has changed since the last evaluation named "
         f"{run.experiment.name}; the held-out loss is computed again. To keep both results, use another --name"
+    ]
+
+
+def _changed_model(run: Run, model: Model) -> list[str]:
+    """Return a warning if the model is another than at the last evaluation in a folder."""
+    before = (read_json(run.folder / layout.PROVENANCE) or {}).get("student_sha256")
+    if before in (None, model.sha256):
+        return []
+    return [
+        f"{run.experiment.student.model} has changed since the last evaluation named {run.experiment.name}; it is evaluated "
+        "again. To keep both results, use another --name"
     ]
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from cluster.file_systems import patiently
 from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs
+from flows.disk import warn_of_run
 from flows.driver_job import check_driver_job, drive_by_job, end_driver_job
 from flows.iteration import Iteration, iteration
 from montessori_core import layout
@@ -24,12 +25,9 @@ from montessori_core.files import read_json, write_json
 from tasks.approval import WhenUnapproved, needs_approval, require_approval
 from tasks.benchmarks import list_items
 from tasks.report import write_report
-from tasks.resume import refuse_command_folder
+from tasks.resume import RUN_ROOT, refuse_command_folder
 from tasks.run import Run, open_run, reopen_run
 from tasks.tracking import start_tracking, track_iteration
-
-RUN_ROOT = "MONTESSORI_RUN_ROOT"
-"""Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -101,7 +99,7 @@ def start_run(experiment: Experiment) -> Run:
     folder = run_root() / experiment.name
     refuse_command_folder(folder)
     run, warnings = open_run(experiment, folder)
-    log_warnings(warnings)
+    log_warnings([*warnings, *warn_of_run(run)])
     return run
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,18 +15,18 @@ from cluster.lock import only_driver
 from cluster.records import Description, read_record
 from cluster.shards import Shards, cut_for_jobs
 from cluster.stage import Stage
-from flows.measurement import Inputs, Measurement, Store, names_of_targets, opened_inputs
+from flows.measurement import Inputs, Measurement, Store, names_of_targets, opened_inputs, tasks_of
 from montessori_core import programs
 from montessori_core.config import Cluster, Influence, Warmup
 from montessori_core.data.rows import Positions, Rows, TaskRow
 from montessori_core.data.tables import INFLUENCE, name_of_table, open_parquet, write_table
 from montessori_core.errors import ConfigError, DataError, UserError
 from montessori_core.influence.stored_steps import estimate_from_steps
-from montessori_core.influence.table import join_influence, join_target
+from montessori_core.influence.table import ExamplesHash, join_influence, join_target, with_examples
 from montessori_core.layout import CONFIG, DRIVER_LOCK
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
-from tasks.resume import STUDY, command_of, record_command
+from tasks.resume import STUDY, command_of, record_command, remove_stale
 from tasks.run import stage_of
 from tasks.screening import estimate_influence
 
@@ -69,15 +70,29 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
         _check_out(table)
     folder = out.with_name(out.name + ".parts").resolve()
     with opened_inputs(measurement, folder) as inputs, _opened_store(measurement.store):
+        examples = ExamplesHash(tasks_of(inputs.rows))
         missing = next((table for table in tables if not table.exists()), tables[-1])
         unused = _folders_of_earlier_sets(folder, measurement)
+        remove_stale(folder, _decides(measurement, inputs), tables)
         record_command(folder, command, measurement.student.model, missing, measurement.cluster, unused)
         for number, (target, table) in enumerate(zip(inputs.targets, tables, strict=True)):
             of_target = folder / _folder_on(target.name) if measurement.targets else folder
             joint = JointStage(folder / _JOINT, number) if measurement.targets else None
             stages = MeasurementStages(of_target, measurement, inputs.on(target), joint)
-            write_table(estimate_influence(stages, measurement.settings, measurement.baseline), table, INFLUENCE)
+            measured = estimate_influence(stages, measurement.settings, measurement.baseline)
+            write_table(with_examples(measured, examples), table, INFLUENCE)
     return tables
+
+
+def _decides(measurement: Measurement, inputs: Inputs) -> dict[str, Any]:
+    """Return the settings and hashes of inputs that decide the tables of a measurement."""
+    return {
+        "settings": measurement.settings.model_dump(mode="json", exclude_none=True),
+        "baseline": measurement.baseline,
+        "max_length": measurement.student.max_length,
+        "numbers": measurement.store.numbers if measurement.store else None,
+        "inputs": inputs.hashes,
+    }
 
 
 def tables_of(measurement: Measurement, out: Path) -> list[Path]:

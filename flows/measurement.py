@@ -97,6 +97,13 @@ class Inputs:
     files: Mapping[str, Path]
     targets: Sequence[Target] = ()
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of models, reference sets and examples."""
+        files = [*(target.file for target in self.targets), self.rows.source]
+        models = {name: model.sha256 for name, model in self.models.items()}
+        return {**models, **{file.name: hash_path(file) for file in files if isinstance(file, Path)}}
+
     def on(self, target: Target) -> "Inputs":
         """Return the inputs of a measurement on this reference set."""
         return replace(self, reference=target.examples, files={"reference": target.file})
@@ -104,7 +111,7 @@ class Inputs:
     @property
     def examples(self) -> list[Task]:
         """The examples as tasks, in memory."""
-        return list(_tasks_of(self.rows))
+        return list(tasks_of(self.rows))
 
     @property
     def adamw(self) -> dict[str, float]:
@@ -162,7 +169,7 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
                 write_tasks(tasks, file)
                 targets.append(Target(name, tasks, file))
             rows = task_rows(folder / _EXAMPLES, ExampleRow)
-            warnings = thinking_warning("examples", _tasks_of(rows))
+            warnings = thinking_warning("examples", tasks_of(rows))
             for target in targets:
                 name = f"reference {target.name}" if measurement.targets else "reference"
                 warnings += thinking_warning(name, target.examples)
@@ -172,7 +179,7 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
             yield Inputs(rows, first.examples, models, {"reference": first.file}, targets)
 
 
-def _tasks_of(rows: Rows) -> Iterator[Task]:
+def tasks_of(rows: Rows) -> Iterator[Task]:
     """Yield the rows as tasks, with a few of them in memory."""
     for table in rows.tables():
         for row in table.to_pylist():

@@ -11,6 +11,7 @@ from prefect import flow
 
 from cluster.fanout import ShardsFailed
 from cluster.lock import only_driver
+from flows.disk import warn_of_study
 from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import end_jobs_in, log_warnings, run_root
 from flows.learning import follow_teacher
@@ -25,6 +26,7 @@ from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
 from montessori_core.files import hash_path, read_json
+from montessori_core.formatting import is_finite
 from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
@@ -210,7 +212,7 @@ def compare(study: Study, submit_driver: bool = False) -> None:
 
     def start() -> list[SeedRuns]:
         seeded, warnings = open_study(study, folder)
-        log_warnings(warnings)
+        log_warnings([*warnings, *warn_of_study(study, [seeded[0].run, *seeded[0].others], folder)])
         return seeded
 
     if submit_driver:
@@ -273,10 +275,10 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
 
 
 def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
-    """Return the numbers of a method's student for trackers."""
+    """Return the numbers of a method's student for trackers; those that are not finite are left out."""
     scores = {f"{row['benchmark']}/{row['metric']}": row["mean"] for row in evaluated.benchmarks.scores}
-    finite = {name: mean for name, mean in scores.items() if mean is not None}
-    return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **finite}
+    numbers = {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **scores}
+    return {name: number for name, number in numbers.items() if is_finite(number)}
 
 
 def _compare_with_baseline(baseline: str, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:

@@ -13,7 +13,6 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
 from cluster.simulation import ClusterSpec, FailureModel
-from cluster.status import stages_of
 from flows.disk import warn_of_run
 from flows.driver_job import check_driver_job
 from flows.estimate import estimate_run
@@ -102,14 +101,13 @@ def describe_plan(run: Run, preset: str, pilot: Run | None, form: str | None) ->
     """
     experiment, estimate = run.experiment, estimate_run(run)
     header, *rows = estimate.table()
-    space = [] if stages_of(run.folder) else warn_of_run(run)  # a resumed run has models on the disk
     lines = [
         f"## {experiment.name}",
         f"`{experiment.teacher.model}` learns to write what helps `{experiment.student.model}` with tasks like those of "
         f"`{experiment.reference.path}`; the held-out loss is measured on `{experiment.evaluation.path}`.",
         "",
         table(header, rows),
-        *(f"* {sentence}" for sentence in [*estimate.left_out(experiment), *space]),
+        *(f"* {sentence}" for sentence in [*estimate.left_out(experiment), *warn_of_run(run)]),
     ]
     if estimate.seconds is not None:
         total = duration(estimate.seconds)

@@ -23,15 +23,18 @@ from montessori_core.data.task_tables import task_rows, write_task_rows
 from montessori_core.errors import DataError, UserError
 from montessori_core.export.model_card import student_card, write_card
 from montessori_core.export.models import write_merged
-from montessori_core.files import commit, read_json, refuse_existing
+from montessori_core.files import commit, read_json, refuse_existing, write_json
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.adapters import is_adapter
+from montessori_core.models.fetch import fingerprint
+from montessori_core.models.fingerprints import hash_model
 from tasks.progress import ProgressBar
 from tasks.resume import record_command
 from tasks.run import check_environment, stage_of
 from tasks.students import check_student, open_student, sft_settings
 from tasks.tracking import show_problems, start_tracking, tracking_input
 
+_MERGED = "merged.json"  # hash of the merged student
 _USED: Used = {
     "": (Experiment, ("name", "seed", "student", "training", "zero", "tracking", "cluster")),
     "cluster.resources": (StageResources, ("training",)),
@@ -139,18 +142,21 @@ def _train_on_rows(
     start_tracking(folder, experiment)
     trackers = tracking_input(folder, experiment)
     stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
-    shards = Shards(rows, len(rows))
+    shards, existed = Shards(rows, len(rows)), output.exists()
     _check_output(output, stage, shards, training)
     record_command(folder, command, experiment.student.model, output, cluster)
     with ProgressBar(f"training of {experiment.student.model}") as bar:
         (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)
     show_problems(folder, experiment)
     counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
+    if not existed:  # at the start of the training
+        _check_output(output, stage, shards, training)
     if not output.exists():
         card = student_card(experiment, training.data, origin, settings, counts, log, training.merge)
         with commit(output, durable=False) as temporary:
             if training.merge:
                 write_merged(trained, temporary)
+                write_json(fingerprint(temporary), folder / _MERGED)
             else:
                 shutil.copytree(trained, temporary, copy_function=_link)
             write_card(card, temporary)
@@ -195,11 +201,22 @@ def _check_output(output: Path, stage: Stage, shards: Shards, training: StudentT
     if not output.exists():
         return
     adapter = training.experiment.student.lora is not None and not training.merge
-    if is_adapter(output) != adapter or not stage.is_done(0, stage.key(rows), thorough=True):
+    done = is_adapter(output) == adapter and stage.is_done(0, stage.key(rows), thorough=True)
+    if not done or not _has_student(output, stage, training.merge):
         raise UserError(
             f"{output} has a student of another training; nothing is overwritten: give another folder with --output, or "
             "remove it"
         )
+
+
+def _has_student(output: Path, stage: Stage, merged: bool) -> bool:
+    """Return whether a folder has the student of a finished training."""
+    try:
+        student = hash_model(output)
+    except (UserError, OSError):  # there is no model
+        return False
+    expected = read_json(stage.folder.parent / _MERGED) if merged else hash_model(stage.part(0))
+    return expected in (None, student)  # None: an earlier version merged it
 
 
 def _link(source: str, target: str) -> None:

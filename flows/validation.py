@@ -38,7 +38,7 @@ from montessori_core.influence.validation import (
 )
 from montessori_core.models.fingerprints import moments_fingerprint
 from montessori_report.validation_page import validation_page
-from tasks.resume import record_command
+from tasks.resume import record_command, remove_stale
 from tasks.run import Model
 from tasks.screening import estimate_influence
 
@@ -116,6 +116,7 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
     warmup = read_tasks(validation.warmup, "warmup", True, bad_rows) if validation.warmup else []
     out = out.resolve()
     with opened_inputs(measurement, out, bad_rows) as inputs:
+        remove_stale(out, _decides(validation, warmup, inputs), [out / RESULT])
         record_command(out, command, measurement.student.model, out / RESULT, measurement.cluster)
         check_reference_size(len(inputs.reference), measurement.reference)
         _check_sizes(validation, len(inputs.rows), "examples")
@@ -143,6 +144,20 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
         write_json(result, out / RESULT)
         validation_page(result).write(out / PAGE)
     return result
+
+
+def _decides(validation: Validation, warmup: Sequence[Task], inputs: Inputs) -> dict[str, Any]:
+    """Return the settings and hashes of inputs that decide the result of a validation."""
+    measurement = validation.measurement
+    return {
+        "settings": [settings.model_dump(mode="json", exclude_none=True) for settings in validation.settings],
+        "baseline": measurement.baseline,
+        "max_length": measurement.student.max_length,
+        "recipe": validation.recipe.model_dump(mode="json", exclude_none=True),
+        **{name: getattr(validation, name) for name in ("exact", "subsets", "subset_size", "groups", "seed")},
+        "warmup": [vars(task) for task in warmup],
+        "inputs": inputs.hashes,
+    }
 
 
 def _check_sizes(validation: Validation, examples: int, what: str) -> None:

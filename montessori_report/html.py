@@ -7,6 +7,7 @@ unescaped text could not run.
 
 import base64
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from montessori_report.figures import Figure, slug
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_OWN = re.compile(rb'<meta name="generator" content="Montessori">|Montessori[^<]*</title>')
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class Section:
     template: str | None = None
 
     def slug(self, block: Block, figure: Figure) -> str:
-        """Return the name of a figure's CSV file, unique on the page."""
+        """Return the name of a figure in a block for its CSV file."""
         name = slug(figure.title)
         for prefix in (slug(block.heading or ""), self.id):
-            name = name if name.startswith(prefix) else f"{prefix}-{name}"
+            name = name if name.startswith(prefix) else f"{prefix}-{name}".strip("-")
         return name
 
 
@@ -91,9 +93,9 @@ class Page:
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page of this package, by its title."""
+    """Return whether a file is a page of this package; one of an earlier version is known by its title."""
     with path.open("rb") as stream:
-        return re.search(rb"Montessori[^<]*</title>", stream.read(4096)) is not None
+        return _OWN.search(stream.read(4096)) is not None
 
 
 def build_page(
@@ -122,23 +124,32 @@ def build_page(
     )
     environment.filters["visible"] = visible
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    figures = _by_name(sections)
+    names = {id(figure): name for name, figure in figures.items()}
     html = environment.get_template("page.html.j2").render(
         product=product,
         title=title,
         facts=facts,
         sections=sections,
+        name_of=lambda figure: names[id(figure)],
         style=Markup(_asset("style.css")),
         scripts=[Markup(plotly), Markup(script)],
         script_hashes=[_policy_hash(text) for text in (plotly, script)],
         **(content or {}),
     )
-    data = {
-        section.slug(block, figure): figure.csv
-        for section in sections
-        for block in section.blocks
-        for figure in block.figures
-    }
-    return Page(html, data)
+    return Page(html, {name: figure.csv for name, figure in figures.items()})
+
+
+def _by_name(sections: Sequence[Section]) -> dict[str, Figure]:
+    """Return the figures of a page by the names of their CSV files; a number tells equal names apart."""
+    figures: dict[str, Figure] = {}
+    for section in sections:
+        for block in section.blocks:
+            for figure in block.figures:
+                name = section.slug(block, figure)
+                numbered = (f"{name}-{number}" for number in itertools.count(2))
+                figures[next(free for free in itertools.chain([name], numbered) if free not in figures)] = figure
+    return figures
 
 
 def visible(text: str) -> str:

@@ -3,11 +3,13 @@
 The commands evaluate, train, influence and validate record themselves in their folder.
 """
 
+import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -15,10 +17,15 @@ from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
-from montessori_core.files import read_json, write_json
+from montessori_core.files import hash_json, read_json, write_json
+
+_log = logging.getLogger(__name__)
 
 STUDY = "study.yaml"
+RUN_ROOT = "MONTESSORI_RUN_ROOT"
+"""Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
 _COMMAND = "command.json"
+_DECIDES = "decides.json"
 _KINDS = {
     "evaluate": "an evaluation",
     "train": "a training",
@@ -70,6 +77,28 @@ def record_command(
         unused=list(unused),
     )
     write_json(command.model_dump(mode="json"), folder / _COMMAND)
+
+
+def run_root_option() -> str:
+    """Return what names the folder of runs, for messages: the option, or in a flow run of Prefect the variable."""
+    return RUN_ROOT if "PREFECT__FLOW_RUN_ID" in os.environ else "--run-root"
+
+
+def remove_stale(folder: Path, decides: Mapping[str, Any], results: Sequence[Path]) -> None:
+    """Remove results of other settings or inputs, which would pass for those of this command until it has finished.
+
+    Args:
+        folder: of the command's work; of an earlier version, it has no record, and results are kept.
+        decides: settings and hashes of inputs that decide the results, as plain data.
+        results: what the command writes at its end.
+    """
+    record = folder / _DECIDES
+    before, now = read_json(record), hash_json(decides)
+    if before not in (None, now):
+        for path in filter(Path.exists, results):
+            _log.warning(f"{path}: removed, it was of other settings or data; it is computed again")
+            path.unlink()
+    write_json(now, record)
 
 
 def command_of(folder: Path) -> Command | None:

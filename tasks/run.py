@@ -52,6 +52,7 @@ from tasks.benchmark_files import (
 )
 from tasks.changed_settings import changed_settings, first_stage
 from tasks.memory_check import memory_warnings
+from tasks.resume import run_root_option
 
 _PASSAGES = "passages"
 
@@ -283,7 +284,8 @@ def take_lock(folder: Path, lock: ExitStack) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space or choose another --run-root"
+        f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space or choose another "
+        f"{run_root_option()}"
     )
 
 

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cluster.status import stages_of
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
@@ -40,16 +39,15 @@ def compare(
         cluster = cluster and find_configuration(cluster, "clusters").resolve()
         enter_directory(seeds[0])
     settings = read_study(study, tuple(set_ or []))
-    settings = settings.model_copy(update={"experiment": on_cluster(settings.experiment, cluster, study)})
+    experiment = on_cluster(settings.experiment, cluster, study, set_ or ())
+    settings = settings.model_copy(update={"experiment": experiment})
     if as_job:
         check_driver_job(settings.experiment)
     folder = run_root / settings.name
     if seeds and run_root == study.parent.parent and settings.name == read_study(study).name:
         folder = study.parent  # it may have been copied or renamed
     seeded, warnings = open_study(settings, folder)
-    warn(warnings)
-    if not stages_of(folder):
-        warn(warn_of_study(settings, [seeded[0].run, *seeded[0].others], folder))
+    warn([*warnings, *warn_of_study(settings, [seeded[0].run, *seeded[0].others], folder)])
     if as_job:
         folder = folder.resolve()
         submit_command(folder, command_to_compare(folder), settings.experiment.cluster.slurm)

@@ -55,7 +55,7 @@ def evaluate(
     run_name = name or _derive_name(model)
     settings = template_settings(chat_template, chat_template_kwargs)
     overrides = [*(set_ or []), *(f"student.{name}={json.dumps(value)}" for name, value in settings.items())]
-    content, source = read_content(config, overrides, cluster)
+    content, source = read_content(config, model, overrides, cluster)
     experiment = evaluated_experiment(content, model, run_name, source)
     folder = run_root / experiment.name
     evaluation, warnings = open_evaluation(experiment, folder)

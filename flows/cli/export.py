@@ -10,6 +10,7 @@ from flows.cli.console import console
 from flows.cli.options import RunFolder, warn
 from montessori_core import layout
 from montessori_core.errors import UserError
+from montessori_core.files import commit, refuse_existing
 
 if TYPE_CHECKING:
     from montessori_core.export.hub import HubSet
@@ -61,7 +62,9 @@ def export(
         form = format or ("trl" if what == "preferences" else "messages")
         _push(data, form, output, finished_only, HubSet(repo, private, replace))
     else:
-        _write(data, to, output or run_dir / layout.EXPORTS / f"{what}-{to}", finished_only)
+        folder = output or run_dir / layout.EXPORTS / f"{what}-{to}"
+        exported = _write(data, to, folder, finished_only)
+        console.print(f"{_describe(data, exported)}: {folder}", soft_wrap=True)
 
 
 def _write(data: "RunSet", form: str, folder: Path, finished_only: bool) -> "Exported":
@@ -75,11 +78,12 @@ def _write(data: "RunSet", form: str, folder: Path, finished_only: bool) -> "Exp
                 "false): other trainers teach the student to stop there; leave them out with --finished-only"
             ]
         )
-    left_out = f", {exported.left_out:,} unfinished left out" if exported.left_out else ""
-    console.print(
-        f"{data.title} of iteration {data.iteration}, {exported.rows:,} rows{left_out}: {folder}", soft_wrap=True
-    )
     return exported
+
+
+def _describe(data: "RunSet", exported: "Exported") -> str:
+    left_out = f", {exported.left_out:,} unfinished left out" if exported.left_out else ""
+    return f"{data.title} of iteration {data.iteration}, {exported.rows:,} rows{left_out}"
 
 
 def _push(data: "RunSet", form: str, output: Path | None, finished_only: bool, target: "HubSet") -> None:
@@ -87,7 +91,14 @@ def _push(data: "RunSet", form: str, output: Path | None, finished_only: bool, t
 
     check_hub(target, "--repo")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = output or Path(temporary) / f"{data.name}-{form}"
-        exported = _write(data, form, folder, finished_only)
-        address, pushed = push(folder, target, f"{data.title} of iteration {data.iteration}, {exported.rows:,} rows")
+        kept = output or Path(temporary) / f"{data.name}-{form}"
+        refuse_existing(kept, "folder")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with commit(kept) as folder:  # after the push, so that a refused one can be repeated
+            exported = _write(data, form, folder, finished_only)
+            address, pushed = push(
+                folder, target, f"{data.title} of iteration {data.iteration}, {exported.rows:,} rows"
+            )
+            refuse_existing(kept, "folder")
+    console.print(f"{_describe(data, exported)}{f': {output}' if output else ''}", soft_wrap=True)
     console.print(f"{'pushed to' if pushed else 'already there, nothing pushed:'} {address}", soft_wrap=True)

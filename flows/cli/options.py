@@ -20,6 +20,7 @@ from montessori_core.config import (
     parse_yaml,
     read_cluster,
     read_yaml,
+    with_student,
 )
 from montessori_core.config.yaml import apply_overrides
 from montessori_core.errors import ConfigError, UserError
@@ -105,7 +106,7 @@ def with_options(message: str, options: Mapping[str, str]) -> str:
     return _FIELD.sub(option_of, message)
 
 
-def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overrides: Sequence[str] = ()) -> Experiment:
+def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overrides: Sequence[str]) -> Experiment:
     """Replace the cluster section of an experiment by a cluster file.
 
     Raises:
@@ -118,13 +119,15 @@ def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overr
     return parse_experiment(content, f"{config} with {cluster}")
 
 
-def read_content(config: Path, overrides: Sequence[str], cluster: Path | None) -> tuple[dict[str, Any], str]:
-    """Read a configuration for a command that uses a part of it; also return its name for errors.
+def read_content(
+    config: Path, student: str, overrides: Sequence[str], cluster: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Read a configuration for a command with a `student` that uses a part of it; also return its name for errors.
 
     Raises:
         UserError: a file cannot be read or is not YAML, the cluster file is not valid, or an override sets a part of it.
     """
-    content = read_yaml(find_configuration(config))
+    content = with_student(read_yaml(find_configuration(config)), student)
     apply_overrides(content, tuple(overrides))
     if cluster is None:
         return content, str(config)

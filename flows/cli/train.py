@@ -63,9 +63,9 @@ def train(
     from tasks.run import idle_gpus
 
     examples = data_source(data, "DATA")
-    settings = {"model": student, "revision": None, **template_settings(chat_template, chat_template_kwargs)}
+    settings = {"model": student, **template_settings(chat_template, chat_template_kwargs)}
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
-    content, source = read_content(config, [*(set_ or []), *overrides], cluster)
+    content, source = read_content(config, student, [*(set_ or []), *overrides], cluster)
     experiment = training_experiment(content, student, source)
     warn(idle_gpus(experiment.cluster))
     trained = train_on_data(StudentTraining(experiment, examples, save_moments, merge), output, sys.argv[1:])

@@ -7,7 +7,14 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 from montessori_core.config.cluster import Cluster, Vllm, read_cluster
 from montessori_core.config.data import DataFormat, DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison
-from montessori_core.config.experiment import Experiment, Used, parse_experiment, read_experiment, without_unused
+from montessori_core.config.experiment import (
+    Experiment,
+    Used,
+    parse_experiment,
+    read_experiment,
+    with_student,
+    without_unused,
+)
 from montessori_core.config.filters import (
     CodeRunsFilter,
     FilterSettings,
@@ -103,6 +110,7 @@ __all__ = [
     "read_experiment",
     "read_study",
     "read_yaml",
+    "with_student",
     "without_unused",
     "write_yaml",
 ]

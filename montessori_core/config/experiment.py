@@ -175,6 +175,15 @@ def without_unused(content: Mapping[str, Any], used: Used, section: str = "") ->
     return kept
 
 
+def with_student(content: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """Return a configuration, as plain data, for another student; a revision is kept only if it is of this model."""
+    student = content.get("student", {})
+    if not isinstance(student, dict):
+        return dict(content)
+    kept = {name: value for name, value in student.items() if name != "revision" or student.get("model") == model}
+    return {**content, "student": {**kept, "model": model}}
+
+
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML too).
 

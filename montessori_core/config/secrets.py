@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _NAME = re.compile(
-    r".*(?:password|passwd|passphrase|secret|credential|authorization|(?:api|auth|access|secret|private)(?:key|token))s?|pwd"
+    r".*(?:password|passwd|passphrase|secret|credential|auth(?:orization|string)|(?:api|auth|access|secret|private)(?:key|token))s?|pwd"
 )
 _HARMLESS = {  # words before 'token' or 'key' in names of what is no secret: eos_token, prompt_cache_key
     *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "special", "per", "first", "last", "next"),
     *("stop", "start", "begin", "end", "think", "thinking", "image", "audio", "video", "vision", "placeholder"),
-    *("cache", "sort", "group"),
+    *("cache", "sort", "group", "implicit"),
 }
 _VALUE = re.compile(r"(?i:bearer|basic)\s+\S{16,}|sk-(?=\S*\d)[\w-]{20,}|(?:hf|gh[opsu])_[A-Za-z0-9]{30,}")
 _USER_IN_URL = re.compile(  # a user without a password may be a token at a web server, but a container in abfs://

@@ -16,6 +16,7 @@ from montessori_core.config import dump_yaml
 from montessori_core.data.cards import CARD, LONGEST_CARD, parse_header
 from montessori_core.export.markdown import escape, table
 from montessori_core.files import commit
+from montessori_core.formatting import is_finite
 
 _TAG = "montessori"
 _INDEX = re.compile(r"^model-index:.*\n(?:(?:[ -].*)?\n)*", re.MULTILINE)
@@ -106,7 +107,7 @@ def _section(evaluated: Evaluated) -> str:
 
 def _number(score: Mapping[str, Any]) -> tuple[str, str]:
     error = score["standard_error"]
-    return f"{score['mean']:.4f}", "" if error is None else f"{error:.4f}"
+    return f"{score['mean']:.4f}", f"{error:.4f}" if is_finite(error) else ""
 
 
 def _index(present: Any, model: str, evaluated: Evaluated) -> list[dict[str, Any]]:

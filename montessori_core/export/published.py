@@ -11,13 +11,16 @@ from montessori_core.data.origins import read_origins
 from montessori_core.data.shards import is_url
 from montessori_core.export.hub_models import is_id, models_on_hub
 
-_PRIVATE = ("base_url", "key_variable", "cluster")  # settings that describe a site
-_PATHS = {
+PRIVATE = {"base_url", "key_variable", "cluster"}
+"""Settings that describe a site."""
+PATHS = {
     *("path", "model", "documents", "chat_template"),
     *("task_folder", "alpaca_eval", "alpaca_eval_difficulty", "mt_bench", "mt_bench_references"),
 }
 """Settings that hold a path, or the name of a model or data set."""
-_PATH = re.compile(r"(?:/|~|\.\.?/).*|[^\s<>]+/[^\s<>]+")  # of any other setting, such as those of a custom filter
+FREE_FORM = {"settings", "engine_options", "parameters", "chat_template_kwargs"}
+"""Mappings whose values may be paths, such as the settings of a custom filter."""
+_PATH = re.compile(r"(?:/|~|\.\.?/).*|[^\s<>]+/[^\s<>]+")  # of a free-form setting
 _PUBLIC_MACHINE = ("processor", "generation_dtype")  # of the driver's machine: these change what a model generates
 
 
@@ -69,21 +72,24 @@ def public_names(run: Path, experiment: Experiment) -> set[str]:
     }
 
 
-def _published(content: Mapping[str, Any], public: set[str]) -> Iterator[tuple[str, Any]]:
+def _published(content: Mapping[str, Any], public: set[str], free_form: bool = False) -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
-        if name not in _PRIVATE:
-            yield name, _shortened(name, value, public)
+        if name not in PRIVATE:
+            yield name, _shortened(name, value, public, free_form or name in FREE_FORM)
 
 
-def _shortened(name: str, value: Any, public: set[str]) -> Any:
-    """Return the value of a setting with paths as PATH and their last part, but for public names."""
+def _shortened(name: str, value: Any, public: set[str], free_form: bool) -> Any:
+    """Return the value of a setting with paths as PATH and their last part, but for public names.
+
+    A text of a free-form setting is taken for a path if it looks like one; of another setting, by the setting's name.
+    """
     if isinstance(value, dict):
-        return dict(_published(value, public))
+        return dict(_published(value, public, free_form))
     if isinstance(value, list):
-        return [_shortened(name, entry, public) for entry in value]
+        return [_shortened(name, entry, public, free_form) for entry in value]
     if not isinstance(value, str) or value in public or value.startswith("builtin/"):
         return value
-    is_path = "/" in value if name in _PATHS else _PATH.fullmatch(value)
+    is_path = "/" in value if name in PATHS else free_form and _PATH.fullmatch(value)
     return f"PATH/{_last_part(value)}" if is_path else value
 
 

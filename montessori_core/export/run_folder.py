@@ -13,7 +13,7 @@ from montessori_core.export.formats import FORMATS
 from montessori_core.export.hub_models import HubModel, base_on_hub
 from montessori_core.export.model_card import write_card
 from montessori_core.export.models import ROLES, UNPUBLISHED, Role, model_card, model_folder, write_merged
-from montessori_core.export.sets import SETS, RunSet, open_set
+from montessori_core.export.sets import SETS, RunSet, check_run, open_set
 from montessori_core.export.write import write_rows
 from montessori_core.files import read_json, write_json
 from montessori_core.models.adapters import is_adapter
@@ -26,6 +26,7 @@ def finished_sets(run: Path) -> list[RunSet]:
     Raises:
         DataError: the folder is no run, or no iteration is finished.
     """
+    check_run(run)
     present = []
     for number, folder in layout.iterations(run).items():
         if not (folder / layout.METRICS).exists():

@@ -171,6 +171,12 @@ class RunSet:
         return read_classifier(self.run)
 
 
+def check_run(run: Path) -> None:
+    """Raise a DataError if a folder is no run."""
+    if not (run / layout.CONFIG).exists():
+        raise DataError(f"{run}: not a run (no {layout.CONFIG}); give the folder of a run, of a study that of a seed")
+
+
 def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
     """Return a data set of a run.
 
@@ -182,9 +188,7 @@ def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
     Raises:
         DataError: the folder is no run, or the run does not have the set (yet).
     """
-    config = run / layout.CONFIG
-    if not config.exists():
-        raise DataError(f"{run}: not a run (no {layout.CONFIG}); give the folder of a run")
+    check_run(run)
     present = [number for number, folder in layout.iterations(run).items() if (folder / _FILES[name]).exists()]
     if not present or iteration not in (None, *present):
         which = f"iteration {iteration} of {run}" if present else str(run)
@@ -192,7 +196,7 @@ def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
             f"{which} has no {_NAMES[name]} ({_FILES[name]}); "
             + (f"it exists for iteration {', '.join(map(str, present))}" if present else "resume the run first")
         )
-    return RunSet(run, read_experiment(config), name, iteration or present[-1])
+    return RunSet(run, read_experiment(run / layout.CONFIG), name, iteration or present[-1])
 
 
 def _kinds(instructions: pa.ChunkedArray, classifier: KindClassifier | None) -> pa.Array:

@@ -1,8 +1,10 @@
 """The influence table: one row per example, and numbers of the student as metadata."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from montessori_core.data.sources import Task
 from montessori_core.data.tables import INFLUENCE, INFLUENCE_BY_TARGET, read_table
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
@@ -27,6 +30,7 @@ SUMMARIZED = (
 )
 """The columns that a summary reads."""
 
+_EXAMPLES = b"montessori.examples"
 _DOMINATED = 0.5
 """Median `dominated_share` above which a table has a warning."""
 
@@ -57,6 +61,35 @@ def _read(metadata: Mapping[bytes, bytes], prefix: str) -> dict[str, float]:
 
 def _largest(noted: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: max(of_part[name] for of_part in noted) for name in (*NOTES, CUT_REFERENCES)}
+
+
+class ExamplesHash:
+    """Hash of the ids and texts of examples, whatever their order."""
+
+    def __init__(self, tasks: Iterable[Task] = ()) -> None:
+        self._sum = 0
+        for task in tasks:
+            self.add(task)
+
+    def add(self, task: Task) -> None:
+        turns = [(turn["role"], turn["content"]) for turn in task.before]
+        content = json.dumps([task.example_id, turns, task.instruction, task.response]).encode()
+        self._sum += int.from_bytes(blake2b(content, digest_size=16).digest())
+
+    def __str__(self) -> str:
+        return f"{self._sum % 2**128:032x}"
+
+
+def with_examples(table: pa.RecordBatchReader, examples: ExamplesHash) -> pa.RecordBatchReader:
+    """Return the rows of an influence table, with the hash of its examples as metadata."""
+    schema = table.schema.with_metadata({**table.schema.metadata, _EXAMPLES: str(examples).encode()})
+    return pa.RecordBatchReader.from_batches(schema, (batch.cast(schema) for batch in table))
+
+
+def hash_of_examples(schema: pa.Schema) -> str | None:
+    """Return the hash that `with_examples` wrote; None: an earlier version wrote the table, or a run."""
+    recorded = schema.metadata.get(_EXAMPLES)
+    return recorded.decode(errors="replace") if recorded else None
 
 
 def read_influence_metadata(table: pa.Table, name: str) -> float:

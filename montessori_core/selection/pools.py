@@ -24,6 +24,7 @@ from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_tab
 from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.export.sets import INSTRUCTION, OUTPUT, SCHEMAS, RunSet, open_set
+from montessori_core.influence.table import ExamplesHash, hash_of_examples
 from montessori_core.program import Row
 from montessori_core.selection.columns import schema_of_rows, text_columns
 
@@ -151,12 +152,13 @@ class InfluencePool(Pool):
         left_out = {"kind", "source", "teacher", "iteration"}
         fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
         self._not_passed_on = text_columns(examples) | {field.name for field in fields}
-        conversations = 0
+        conversations, self._hash = 0, ExamplesHash()
 
         def columns() -> Iterator[Row]:
             nonlocal conversations
             for task, row in self._tasks():
                 conversations += bool(task.before)
+                self._hash.add(task)
                 yield self._own_columns(row)
 
         own = schema_of_rows(columns())
@@ -170,6 +172,23 @@ class InfluencePool(Pool):
         self._read = {FINISHED, *texts, *own.names}  # from the examples
         with open_parquet(path) as file:
             check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
+        self.check_examples(ParquetPool(path, name))
+
+    def check_examples(self, table: ParquetPool) -> None:
+        """Check that an influence table is of these examples, or of some of them; of earlier versions, any table passes.
+
+        Raises:
+            DataError: it is of others.
+        """
+        recorded = hash_of_examples(table.schema) if table.schema else None
+        if recorded in (None, str(self._hash)):
+            return
+        measured = {row["example_id"] for row in table.rows(["example_id"])}
+        if recorded != str(ExamplesHash(task for task, _ in self._tasks() if task.example_id in measured)):
+            raise DataError(
+                f"{table.name}: --examples {self._examples.path} is not the data that was measured; give that, unchanged and "
+                "read as then (its turns and fields)"
+            )
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
@@ -254,18 +273,22 @@ def open_pool(path: Path, examples: DataSource | None = None, form: str | None =
         name: of a Parquet file, for errors; None: its path.
 
     Raises:
-        DataError: it is none of these, an influence table without its examples, or has no texts in another format.
+        DataError: it is none of these, an influence table without its examples, or another pool with examples or a form.
     """
     path = Path(os.path.expanduser(path))
     pool = _open_pool(path, examples, form, name)
-    check_form(pool, form)
+    check_texts(pool, examples, form)
     return pool
 
 
-def check_form(pool: Pool, form: str | None) -> None:
-    """Raise a DataError if the texts of a pool cannot be written in this form; see `open_pool`."""
-    if form is not None and not isinstance(pool, InfluencePool):
+def check_texts(pool: Pool, examples: DataSource | None, form: str | None) -> None:
+    """Raise a DataError if a pool with texts of its own gets those of examples, or another form; see `open_pool`."""
+    if isinstance(pool, InfluencePool):
+        return
+    if form is not None:
         raise DataError(f"{pool.name}: only the texts of an influence table can be written as {form}; leave out --to")
+    if examples is not None:
+        raise DataError(f"{pool.name}: has its own texts; leave out --examples, which is for influence tables")
 
 
 def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: str | None) -> Pool:
@@ -275,11 +298,16 @@ def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: 
     if path.suffix != ".parquet" or not path.is_file():
         return FilesPool(path)
     pool = ParquetPool(path, name)
-    if name_of_table(pool.schema) != name_of_table(INFLUENCE):
-        return pool
+    return (
+        open_influence(path, examples, form, name) if name_of_table(pool.schema) == name_of_table(INFLUENCE) else pool
+    )
+
+
+def open_influence(path: Path, examples: DataSource | None, form: str | None, name: str | None = None) -> InfluencePool:
+    """Open an influence table with its examples; see `open_pool`."""
     if examples is None:
         raise DataError(
-            f"{pool.name}: an influence table has no texts; give the data that was measured with --examples"
+            f"{name or path}: an influence table has no texts; give the data that was measured with --examples"
         )
     return InfluencePool(path, examples, form, name)
 

@@ -9,7 +9,7 @@ from montessori_core.config import DataSource
 from montessori_core.data.files import DataFile
 from montessori_core.data.shards import find_remote, is_url
 from montessori_core.errors import DataError
-from montessori_core.selection.pools import FilesPool, Pool, check_form, open_pool
+from montessori_core.selection.pools import FilesPool, Pool, check_texts, open_pool
 from montessori_core.selection.targets import INFLUENCE_COLUMN, open_pools
 
 
@@ -42,5 +42,5 @@ def _copied_pool(url: str, folder: Path, examples: DataSource | None, form: str 
     if len(copies) == 1 and copies[0].suffix == ".parquet":
         return open_pool(copies[0], examples, form, name=url)
     pool = FilesPool(url, [DataFile(str(copy), file.name) for file, copy in zip(files, copies, strict=True)])
-    check_form(pool, form)
+    check_texts(pool, examples, form)
     return pool

@@ -10,7 +10,7 @@ from montessori_core.config import DataSource
 from montessori_core.data.tables import INFLUENCE, name_of_table
 from montessori_core.errors import DataError
 from montessori_core.program import Row
-from montessori_core.selection.pools import ParquetPool, Pool, check_columns, open_pool
+from montessori_core.selection.pools import InfluencePool, ParquetPool, Pool, check_columns, open_influence, open_pool
 
 INFLUENCE_COLUMN = "influence"
 """The column of a pool with one score, unless another is named."""
@@ -26,15 +26,16 @@ class TargetsPool(Pool):
         tables: all tables, by the name of their column; of the same examples, in the same order.
     """
 
-    def __init__(self, pool: Pool, tables: Mapping[str, Path]) -> None:
+    def __init__(self, pool: InfluencePool, tables: Mapping[str, Path]) -> None:
         self._pool, self.name = pool, " and ".join(map(str, tables.values()))
         self._tables = {column: ParquetPool(path) for column, path in tables.items()}
         left_out = {INFLUENCE_COLUMN, *_OF_A_REFERENCE, *tables}
-        fields = [field for field in pool.schema or () if field.name not in left_out]
+        fields = [field for field in pool.schema if field.name not in left_out]
         self.schema = pa.schema([*fields, *(pa.field(column, pa.float64()) for column in tables)])
         first, *others = self._tables.values()
         for other in others:
             _check_same_examples(first, other)
+            pool.check_examples(other)
 
     @property
     def targets(self) -> list[str]:
@@ -87,7 +88,7 @@ def open_pools(
                 f"{path}: no table of montessori influence. Only such tables are joined; of other data, give one file "
                 "with a column per target and name these with --by"
             )
-    pool = TargetsPool(open_pool(next(iter(tables.values())), examples, form), tables)
+    pool = TargetsPool(open_influence(next(iter(tables.values())), examples, form), tables)
     return pool, pool.targets
 
 

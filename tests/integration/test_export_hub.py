@@ -150,8 +150,13 @@ def montessori(command_name: str, run: Path, *options: str) -> tuple[int, str]:
     return outcome.returncode, " ".join((outcome.stdout + outcome.stderr).split())
 
 
-def test_export_is_pushed_with_its_card(hub: DataHub, tmp_path: Path) -> None:
+def test_export_is_pushed_with_its_card(hub: DataHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "trial")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, output = export(run, "--to", "hub", "--repo", "me/set", "--private", "--output", "kept")
+    assert (code, "then repeat the command" in output) == (1, True), output
+    assert [path.name for path in tmp_path.iterdir() if "kept" in path.name] == []
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     code, output = export(run, "--to", "hub", "--repo", "me/set", "--private", "--output", "kept")
     assert code == 0, output
     assert f"pushed to {hub.address}/datasets/me/set" in output
@@ -165,6 +170,7 @@ def test_export_is_pushed_with_its_card(hub: DataHub, tmp_path: Path) -> None:
 
     code, output = export(run, "--to", "hub", "--repo", "me/set")
     assert (code, hub.commits) == (0, 1), output
+    assert "/tmp" not in output
     assert "already there, nothing pushed" in output
 
 

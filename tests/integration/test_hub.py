@@ -185,6 +185,39 @@ def test_origin_of_hub_data_set_is_recorded(hub: Hub, tmp_path: Path) -> None:
     assert python(ORIGIN, "main").stdout == f"mit, cc-by-4.0 {'2' * 40}\n"  # the data set is in the cache
 
 
+EVALUATION = """
+import sys
+from pathlib import Path
+from flows.evaluation import evaluated_experiment, open_evaluation
+from montessori_core.data.origins import read_origins
+from montessori_core.export.hub_models import configured_on_hub, models_on_hub
+from montessori_core.export.published import public_names
+content = {"student": {"max_length": 128, "revision": "v1"}, "evaluation": {"path": sys.argv[3]}}
+for _ in range(2):
+    evaluation, warnings = open_evaluation(evaluated_experiment(content, sys.argv[2], "mine", "test"), Path(sys.argv[1]))
+run = evaluation.run
+print(warnings, public_names(run.folder, run.experiment), models_on_hub(run.folder))
+print(configured_on_hub(run.folder, run.experiment.student), read_origins(run.folder / "data_sets.json"))
+"""
+
+
+def test_evaluation_records_what_it_read_from_the_hub(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+    hub.folder, local = shutil.copytree(tiny_llama, tmp_path / "hub"), tmp_path / "rows.jsonl"
+    for file in (hub.folder / "train.jsonl", local):
+        file.write_text(json.dumps({"instruction": "Name a colour.", "output": "Red."}))
+    rows = python(EVALUATION, str(tmp_path / "rows"), str(tiny_llama), "group/tiny")
+    assert rows.stdout.splitlines() == [
+        "[] {'group/tiny'} set()",
+        f"None {{'evaluation': Origin(licence=None, commit='{'1' * 40}')}}",
+    ], rows.stderr
+    model = python(EVALUATION, str(tmp_path / "model"), "group/tiny", str(local))
+    assert model.stdout.splitlines() == [
+        "[] {'group/tiny'} {'group/tiny'}",
+        f"HubModel(id='group/tiny', commit='{'1' * 40}') {{'evaluation': Origin(licence=None, commit=None)}}",
+    ], model.stderr
+    assert any(path.endswith("/revision/v1") for path in hub.asked)
+
+
 @pytest.mark.guarantee("decompression bombs")
 def test_bomb_in_hub_data_set_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.folder = tmp_path / "rows"

@@ -15,8 +15,10 @@ from montessori_core.data.tables import EXAMPLES as EXAMPLE_TABLE
 from montessori_core.data.tables import INFLUENCE, read_table, write_table
 from montessori_core.errors import ConfigError
 from montessori_core.files import read_json
+from montessori_core.influence.table import read_influence_metadata_of, schema_with_metadata
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 from montessori_core.models.examples import encode_task
+from montessori_core.models.fingerprints import hash_model
 from montessori_core.models.load import load_merged, load_model, load_tokenizer
 from montessori_core.selection.pools import FilesPool
 from support import ROOT
@@ -110,6 +112,48 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
     assert code == 0, output
 
 
+def test_selection_needs_the_measured_examples(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rows without ids are joined by their place, so that other rows would fit."""
+    rows = [{"instruction": f"Describe object {n}.", "output": f"Object {n}." + " Yes." * (n % 3)} for n in range(6)]
+    edited = [*rows[:2], rows[2] | {"output": "Another answer."}, *rows[3:]]
+    files = {"data": rows, "reversed": rows[::-1], "edited": edited, "longer": [*rows, EXAMPLES[0]]}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    for name in ("data", "reversed"):
+        given = ["--examples", f"{name}.jsonl", "--reference", "data.jsonl", "--out", f"{name}.parquet"]
+        code, output = invoke(
+            "influence", "--student", str(tiny_llama), *given, "--estimator", "first_order", cwd=tmp_path
+        )
+        assert code == 0, output
+    table = read_table(tmp_path / "data.parquet", INFLUENCE)
+    write_table(table.slice(0, 3), tmp_path / "part.parquet", INFLUENCE)
+    write_table(
+        table.replace_schema_metadata(schema_with_metadata(read_influence_metadata_of(table)).metadata),
+        tmp_path / "earlier.parquet",
+        INFLUENCE,
+    )
+    other = "is not the data that was measured"
+    for number, (tables, examples, refusal) in enumerate(
+        [
+            (["data"], "data", None),
+            (["data"], "longer", None),
+            (["part"], "data", None),
+            (["earlier"], "edited", None),
+            (["earlier", "data"], "data", None),
+            (["data"], "reversed", f"data.parquet: --examples reversed.jsonl {other}"),
+            (["data"], "edited", f"data.parquet: --examples edited.jsonl {other}"),
+            (["part"], "edited", f"part.parquet: --examples edited.jsonl {other}"),
+            (["data", "reversed"], "data", f"reversed.parquet: --examples data.jsonl {other}"),
+            (["earlier", "data"], "edited", f"data.parquet: --examples edited.jsonl {other}"),
+        ]
+    ):
+        pools = [f"{name}.parquet" for name in tables]
+        options = ["--examples", f"{examples}.jsonl", "--k", "3", "--output", f"best-{number}.jsonl"]
+        code, output = invoke("select", *pools, *options, cwd=tmp_path)
+        assert code == (0 if refusal is None else 1), output
+        assert (refusal or "3 of ") in " ".join(output.split())
+
+
 def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as an example table of a run, with `response_finished` of the rows."""
     weights = {}
@@ -121,6 +165,28 @@ def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: P
         assert code == 0, output
         weights[name] = load_model(str(tmp_path / name), torch.float32).get_input_embeddings().weight
     assert not torch.equal(weights["all"], weights["some"])
+
+
+@pytest.mark.parametrize("options", [[], ["--set", "student.lora={rank: 4}", "--merge"]], ids=["full", "merged"])
+def test_folder_of_something_else_is_no_finished_student(options: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "student"
+    data.write_text("\n".join(map(json.dumps, EXAMPLES[:4])))
+    code, text = train(tiny_llama, data, output, *options)
+    assert code == 0, text
+    trained = output.rename(tmp_path / "trained")
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    for _ in range(2):
+        code, text = train(tiny_llama, data, output, *options)
+        assert (code, "has a student of another training; nothing is overwritten" in text) == (1, True), text
+        shutil.rmtree(output)
+        shutil.copytree(tiny_llama, output)
+    shutil.rmtree(output)
+    code, text = train(tiny_llama, data, output, *options)
+    assert code == 0, text
+    assert hash_model(output) == hash_model(trained)
+    (output / "README.md").write_text("# Edited")
+    assert train(tiny_llama, data, output, *options)[0] == 0
 
 
 def test_training_leaves_out_bad_lines(tiny_llama: Path, tmp_path: Path) -> None:

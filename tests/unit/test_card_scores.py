@@ -47,6 +47,15 @@ def test_card_shows_loss_and_scores(tmp_path: Path) -> None:
     assert results == [("good.jsonl", "loss", 1.5), ("arc_challenge", "acc_norm", 0.25)]
 
 
+@pytest.mark.parametrize("error", [None, float("nan")])
+def test_error_of_one_example_is_left_out(error: float | None) -> None:
+    card = card_with_scores(
+        CARD, "model", dataclasses.replace(EVALUATED, loss={"mean": 1.5, "standard_error": error}, scores=[])
+    )
+    assert card is not None
+    assert "| held-out loss, nats per token | 1.5000 |  | 96 |" in card
+
+
 def test_later_evaluation_replaces_its_section_alone(tmp_path: Path) -> None:
     path = write_card(tmp_path)
     other = dataclasses.replace(EVALUATED, name="trial.2", data="other.jsonl", scores=[])

@@ -1,14 +1,17 @@
 """An evaluation of any model: what it checks, and what the same name again does."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.backends.held import _names_of
 from flows.cli.evaluate import _derive_name
-from flows.evaluation import RESULT, Evaluation, evaluated_experiment, open_evaluation
+from flows.evaluation import RESULT, Evaluation, evaluate, evaluated_experiment, open_evaluation
+from montessori_core.config import parse_experiment
 from montessori_core.data.sources import load_tasks
 from montessori_core.errors import ConfigError, UserError
 from support.reports import write_run, write_study
@@ -43,6 +46,22 @@ def test_changed_evaluation_set_replaces_the_copy(tiny_llama: Path, tmp_path: Pa
     assert "set.jsonl has changed since the last evaluation named mine; the held-out loss is computed again" in warning
     (example,) = load_tasks(evaluation.run.source_file("evaluation"))
     assert example.instruction == "Describe birds."
+
+
+def test_result_of_a_changed_model_is_removed(tiny_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    evaluation, _ = opened(tmp_path, model)
+    result = evaluation.run.folder / RESULT
+    result.touch()
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    _, (warning,) = opened(tmp_path, model)
+    assert "model has changed since the last evaluation named mine; it is evaluated again" in warning
+    assert not result.exists()
+    result.touch()
+    assert opened(tmp_path, model)[1] == []
+    assert result.exists()
 
 
 def test_opening_keeps_held_jobs_of_killed_driver(
@@ -96,6 +115,39 @@ def test_evaluation_checks_what_it_uses_alone(tiny_llama: Path, tmp_path: Path) 
     for section, content in (("synthesis", {"enginee": "vllm"}), ("trainings", {}), ("influence", "exact")):
         with pytest.raises(ConfigError, match=section):
             opened(tmp_path, tiny_llama, **{section: content})
+
+
+@pytest.mark.parametrize(
+    ("configured", "options", "expected"),
+    [
+        (None, [], "main"),
+        (None, ["--set", "student.revision=v2"], "v2"),
+        ("group/other", [], "main"),
+        ("group/other", ["--set", "student.revision=v2"], "v2"),
+        ("group/absent", [], "v1"),  # as in the config.yaml of an evaluation that is resumed
+        ("group/absent", ["--set", "student.revision=v2"], "v2"),
+    ],
+)
+@pytest.mark.parametrize("command", [["evaluate"], ["train", "set.jsonl", "--output", "out"]])
+def test_revision_is_of_the_model(
+    command: list[str], configured: str | None, options: list[str], expected: str, tmp_path: Path
+) -> None:
+    """A configuration's revision is that of its own student; --set changes it."""
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    student = {"model": configured, "revision": "v1"} if configured else {}
+    (tmp_path / "config.yaml").write_text(json.dumps({"student": student}))
+    name, *more = command
+    code, output = invoke(name, "group/absent", *more, "--config", "config.yaml", *options, cwd=tmp_path)
+    assert code == 1
+    assert f"'group/absent', revision {expected}, cannot be downloaded" in " ".join(output.split())
+
+
+def test_flow_leaves_out_revision_of_another_model() -> None:
+    student = {"model": "group/other", "revision": "v1"}
+    experiment = parse_experiment({"teacher": {"model": "group/other"}, "student": student}, "test")
+    for model, revision in (("group/other", "v1"), ("group/absent", "main")):
+        with pytest.raises(UserError, match=f"'{model}', revision {revision}, cannot be downloaded"):
+            evaluate.fn(experiment, model, "mine")
 
 
 def test_evaluation_and_run_folders_are_kept_apart(tiny_llama: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from montessori_core.export.sets import SETS, open_set
 from montessori_core.models.chat import encode_example
 from montessori_core.models.licences import licence_of
 from montessori_core.models.load import load_tokenizer
-from support.reports import HOSTILE, write_run
+from support.reports import HOSTILE, write_run, write_study
 from support.runs import invoke
 from support.templates import TEMPLATES
 
@@ -136,6 +136,14 @@ def test_set_and_iteration_are_chosen(run: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "not a run" in output
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("words", [["push", "--to", "file:///none"], ["export", "--to", "trl"]])
+def test_study_is_no_run(words: list[str], tmp_path: Path) -> None:
+    write_study(tmp_path / "study")
+    code, output = invoke(words[0], "study", *words[1:], cwd=tmp_path)
+    assert code == 1
+    assert "study: not a run (no config.yaml); give the folder of a run, of a study that of a seed" in output
 
 
 def test_instructions_of_the_target_kind_are_marked(tmp_path: Path) -> None:

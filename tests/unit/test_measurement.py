@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from safetensors.torch import save_file
 
 from flows.measurement import Measurement, names_of_targets, opened_inputs, step_rate
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
-from montessori_core.errors import DataError
+from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
+from montessori_core.errors import DataError, UserError
+from montessori_core.influence.table import NOTES, schema_with_metadata
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fingerprints import moments_recipe
 from montessori_core.training.moments import Moments, load_moments, save_moments
+from support.runs import invoke
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,44 @@ def test_reference_sets_have_different_names(paths: list[str], names: list[str])
         Student(model="student"), None, first, first, Influence(), "student", Cluster(), targets=tuple(others)
     )
     assert names_of_targets(measurement) == names
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "measuring"),
+    [
+        ("influence", "out.parquet", "flows.influence.estimate_influence"),
+        ("validate", "out.parquet/validation.json", "flows.validation._measure_predictors"),
+    ],
+)
+def test_result_of_other_options_is_removed(
+    command: str, result: str, measuring: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is interrupted leaves no result of other options or data, which would pass for its own."""
+
+    def interrupted(*_: Any) -> NoReturn:
+        raise UserError("interrupted")
+
+    monkeypatch.setattr(measuring, interrupted)
+    rows = [{"instruction": f"Do {n}.", "output": "Done."} for n in range(21)]
+    for name in ("pool", "reference"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--examples", "pool.jsonl", "--reference", "reference.jsonl", "--out", "out.parquet"]
+    words = [command, "--student", str(tiny_llama), *files, "--max-length", "64"]
+    table = table_from_rows([], schema_with_metadata(dict.fromkeys(NOTES, 0.0)))
+    rate = ["--learning-rate", "1e-4"]
+    for options, edited, kept in (
+        ([], False, False),
+        ([], False, True),
+        (rate, False, False),
+        (rate, False, True),
+        (rate, True, False),
+    ):
+        if edited:
+            (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))
+        code, output = invoke(*words, *options, cwd=tmp_path)
+        assert (code, "interrupted" in output) == (1, True), output
+        assert (tmp_path / result).exists() == kept
+        write_table(table, tmp_path / result, INFLUENCE)
 
 
 def test_log_names_one_of_several_sets(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

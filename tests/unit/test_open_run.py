@@ -6,20 +6,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.lock import only_driver
-from flows.cli.options import on_cluster
 from flows.cli.run import folder_of
 from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
 from montessori_core.models.shape import USABLE
 from support import CONFIGS
+from support.runs import invoke
 from tasks.run import open_run, reopen_run
 
 OTHER = {"instruction": "Count the rivers of the country that you know best.", "output": "Seven."}
@@ -430,14 +429,24 @@ def test_opening_keeps_the_job_as_driver(tiny_llama: Path, tmp_path: Path, monke
     assert (kept["job"], kept["job_name"]) == ("17", "montessori-driver-1")
 
 
-def test_set_beside_cluster_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "quickstart"],
+        ["compare", "quickstart"],
+        ["preview", "quickstart"],
+        ["evaluate", "student"],
+        ["train", "student", "data.jsonl", "--output", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_set_beside_cluster_file_is_refused(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("profile: local\n")
-    models = {"teacher": {"model": "t"}, "student": {"model": "s"}}
-    experiment = parse_experiment({"name": "x", **models}, "x.yaml")
-    merged = partial(on_cluster, experiment, tmp_path / "cluster.yaml", Path("x.yaml"))
-    assert merged(["seed=1"]).cluster.profile == "local"
-    with pytest.raises(UserError, match="--set cluster.slurm.partition=a: --cluster .* set it in that file"):
-        merged(["cluster.slurm.partition=a"])
+    setting = f"{'experiment.' if words[0] == 'compare' else ''}cluster.slurm.partition=a"
+    code, output = invoke(*words, "--cluster", "cluster.yaml", "--set", setting, cwd=tmp_path)
+    assert code == 1, output
+    refusal = f"--set {setting}: --cluster cluster.yaml replaces the section cluster; set it in that file"
+    assert refusal in " ".join(output.split())
 
 
 def test_configuration_of_a_run_continues_it(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from flows.prefect_yaml import find_deployments, read_deployments
 from montessori_core.config import Study, read_study
 from montessori_core.errors import ConfigError, UserError
 from support import CONFIGS, ROOT
+from tasks.resume import RUN_ROOT
 
 
 def written(folder: Path, **deployment: Any) -> Path:
@@ -97,7 +98,7 @@ def test_cancelled_flow_run_may_lack_a_name(
     module: ModuleType, parameters: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefect gives a hook the parameters of the flow run without their defaults."""
-    monkeypatch.setenv(experiment.RUN_ROOT, str(tmp_path))
+    monkeypatch.setenv(RUN_ROOT, str(tmp_path))
     with pytest.raises(UserError, match=rf"{tmp_path / name}: not a run"):
         module.end_jobs(None, FlowRun(flow_id=uuid4(), parameters=parameters), None)
 

@@ -1,18 +1,21 @@
 """What cards publish of models and settings: ids of the hub, and of local paths only the last part."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 
-from montessori_core.config import DataSource, parse_experiment, read_experiment
+from montessori_core.config import DataSource, Experiment, parse_experiment, read_experiment
 from montessori_core.data.origins import Origin, write_origins
 from montessori_core.export.card import data_card, run_card
 from montessori_core.export.formats import FORMATS
 from montessori_core.export.model_card import student_card
 from montessori_core.export.models import ROLES, model_card
-from montessori_core.export.published import name_of, published_changes, published_settings
+from montessori_core.export.published import FREE_FORM, PATHS, PRIVATE, name_of, published_changes, published_settings
 from montessori_core.export.sets import open_set
 from montessori_core.files import write_json
 from support.reports import write_run
@@ -60,15 +63,18 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
     }
     sets = {
         "seed_pool": {"path": "data/acme/clients.jsonl"},
-        "evaluation": {"path": "group/rows"},
+        "evaluation": {"path": "group/rows", "revision": "refs/pr/1"},
     }
     texts = {
         "completion_prompt": "{demonstrations} A task at https://example.com/x and/or another:",
         "separator": "</a>",
         "answers": "endpoint",
+        "language": "Bosnian/Croatian",
     }
+    own = {"name": "rules:Own", "settings": {"list": "acme/words.txt", "lists": ["~/acme/a b"], "in": {"x": "/acme/b"}}}
+    filters = [{"name": "words", "words": ["and/or", "~/x", "./he/she"]}, own]
     benchmarks = {"mt_bench": "acme secret/questions.jsonl", "alpaca_eval": "s3://acme-bucket/tasks.json"}
-    run = write_run(tmp_path / "trial", benchmarks=benchmarks, synthesis=texts, **models, **sets)
+    run = write_run(tmp_path / "trial", benchmarks=benchmarks, synthesis=texts | {"filters": filters}, **models, **sets)
     write_json({"group/tiny@main": COMMIT}, run / "models.json")
     write_origins({"evaluation": Origin(None, COMMIT), "seed_pool": Origin(None)}, run / "data_sets.json")
     experiment = read_experiment(run / "config.yaml")
@@ -84,8 +90,39 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
             "judge": "PATH/judge",
         }
         assert settings["synthesis"].items() >= texts.items()
+        assert settings["synthesis"]["filters"][0] == filters[0]
+        assert settings["synthesis"]["filters"][1]["settings"] == {
+            "list": "PATH/words.txt",
+            "lists": ["PATH/a b"],
+            "in": {"x": "PATH/b"},
+        }
+        assert settings["evaluation"]["revision"] == "refs/pr/1"
     built_in = experiment.model_copy(update={"reference": DataSource(path="builtin/maths")})
     assert published_settings(run, built_in)["reference"]["path"] == "builtin/maths"
+
+
+def fields_of(kind: Any, name: str = "", field: FieldInfo | None = None) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Yield (name, field, type) of all fields of a section and of the sections in it."""
+    if get_origin(kind) is dict or (field is not None and not get_args(kind) and not hasattr(kind, "model_fields")):
+        assert field is not None
+        yield name, field, kind
+    for part in get_args(kind):
+        yield from fields_of(part, name, field)
+    for part, inner in getattr(kind, "model_fields", {}).items():
+        yield from fields_of(inner.annotation, part, inner)
+
+
+def test_every_path_and_free_form_setting_is_known() -> None:
+    """Their values are shortened before they are published; those of other settings are published as they are."""
+    no_path = {"revision", "subset", "split", "name"}  # described by what they mean for a folder
+    known = 0
+    for section, info in Experiment.model_fields.items():
+        for name, field, kind in [] if section in PRIVATE else fields_of(info.annotation, section, info):
+            is_path = kind is Path or (kind is str and re.search("file|folder|document", field.description or "", re.I))
+            known += bool(is_path)
+            assert get_origin(kind) is not dict or name in FREE_FORM
+            assert not is_path or name in PATHS | no_path | PRIVATE, name
+    assert known > 10
 
 
 @pytest.mark.parametrize(

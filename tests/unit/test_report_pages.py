@@ -23,6 +23,7 @@ from montessori_core.files import write_json
 from montessori_core.formatting import significant
 from montessori_report import html as pages
 from montessori_report.compare_page import render_runs
+from montessori_report.figures import bar_figure
 from montessori_report.study_page import study_page
 from support.reports import HOSTILE, METHODS, Page, write_run, write_study
 from support.runs import call, invoke
@@ -251,6 +252,35 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
         assert f"{title}</title>" in path.read_text()
         assert list(path.with_name(f"{path.stem}-data").glob("*.csv"))
     assert (run / "report.html").read_text() == (tmp_path / "elsewhere" / "mine.html").read_text()
+
+
+def test_every_figure_has_its_own_csv_file() -> None:
+    """Letters that a file name lacks may be all that tells titles apart."""
+    bars = {"mmlu_pro": 1.0, "mmlu-pro": 2.0, "数学": 3.0, "物理": 4.0}
+    figures = [bar_figure(title, "", "score", {"x": value}, str) for title, value in bars.items()]
+    page = pages.build_page(
+        "Montessori report",
+        "t",
+        [],
+        [pages.Section("overview", ""), pages.Section("scores", "", [pages.Block(figures)])],
+    )
+    assert [float(text.splitlines()[1].split(",")[1]) for text in page.data.values()] == list(bars.values())
+    assert [*page.data] == ["scores-mmlu-pro", "scores-mmlu-pro-2", "scores", "scores-2"]
+    assert re.findall(r'data-name="(.+)[.]csv"', page.html) == [*page.data]
+
+
+def test_own_page_is_known_whatever_its_title(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    pages.build_page(
+        "Montessori comparison of runs", "run · " * 2000, [], [pages.Section("overview", "Overview")]
+    ).write(page)
+    assert pages.is_page(page)
+    for text, own in (
+        ("<title>a – Montessori report</title>", True),  # of an earlier version
+        ('<meta name="generator" content="Hugo"><title>School</title>', False),
+    ):
+        page.write_text(text)
+        assert pages.is_page(page) == own
 
 
 def test_unwritable_page_is_named_with_remedy(tmp_path: Path) -> None:

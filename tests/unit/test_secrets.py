@@ -58,6 +58,7 @@ def slurm(**settings: Any) -> dict[str, Any]:
         ({"reference": {"path": f"ftp://me:{CANARY}@host/rows.jsonl"}}, "reference: path"),
         ({"reference": {"path": f"https://host/rows.jsonl?a=1&token={CANARY}"}}, "reference: path"),
         (slurm(environment={"WANDB_API_KEY": CANARY}), "cluster.slurm: environment.WANDB_API_KEY"),
+        (slurm(environment={"PREFECT_API_AUTH_STRING": f"me:{CANARY}"}), "environment.PREFECT_API_AUTH_STRING"),
         (slurm(setup=["module load x", f"export HF_TOKEN='{CANARY}'"]), "cluster.slurm: setup"),
         (
             slurm(stages={"judging": {"environment": {"https_proxy": f"http://me:{CANARY}@p:1"}}}),
@@ -102,7 +103,13 @@ def test_other_error_shows_no_secret(change: dict[str, Any]) -> None:
         {"student": {"model": "hf_checkpoint_of_last_week_in_bf16"}, "synthesis": {"language": "Basic English"}},
         filtered(key_field="question", stop_token="</s>", keys=["a"], tokens=["b"], api_key_variable="MY_KEY"),
         {"reference": {"path": "https://host/rows.jsonl?version=3"}},
-        slurm(environment={"HF_TOKEN_PATH": "/x", "https_proxy": "http://proxy:3128"}),
+        slurm(
+            environment={
+                "HF_TOKEN_PATH": "/x",
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+                "https_proxy": "http://proxy:3128",
+            }
+        ),
         slurm(
             setup=[
                 "export HF_TOKEN=$(cat ~/token)",

@@ -231,6 +231,11 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         ("pool.jsonl", ["--by", "n", "--k", "1"], "no row has a score in 'n'"),
         ("pool.jsonl", [*by, "--k", "1", "--control", "best"], "give one of random, length_matched"),
         ("pool.jsonl", [*by, "--tokens", "9"], "no column 'response_tokens'"),
+        (
+            "pool.jsonl",
+            [*by, "--k", "1", "--examples", "list.jsonl"],
+            "pool.jsonl: has its own texts; leave out --examples",
+        ),
         ("pool.jsonl", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.parquet", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.jsonl", [*by, "--tokens", "9", "--token-column", "source"], "is no number of tokens"),

@@ -13,11 +13,12 @@ from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
 from flows.evaluation import evaluate
-from flows.experiment import montessori
+from flows.experiment import montessori, start_run
 from flows.study import compare
 from flows.tailor import describe_plan, form_address, form_values, tailor
-from montessori_core.config import Experiment, Tailored, parse, read_experiment
+from montessori_core.config import Experiment, Study, Tailored, parse, read_experiment
 from montessori_core.errors import ConfigError, UserError
+from tasks.resume import RUN_ROOT
 from tasks.run import Run, open_run, reopen_run
 
 
@@ -121,6 +122,29 @@ def test_plan_of_resumed_run_warns_of_no_models(
     (run.folder / "warmup").mkdir()
     (run.folder / "warmup" / "stage.json").write_text("{}")
     assert "models may need" not in plan_of(tmp_path, tiny_llama)[1]
+
+
+def test_flow_runs_warn_of_space(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name the folder as a worker knows it."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(uuid4()))
+    monkeypatch.setenv(RUN_ROOT, str(tmp_path))
+    logged: list[str] = []
+    for module in ("experiment", "study"):
+        monkeypatch.setattr(f"flows.{module}.log_warnings", logged.extend)
+    monkeypatch.setattr("flows.study._compare", lambda study, folder, seeded: None)
+    models = {"teacher": str(tiny_llama), "student": str(tiny_llama)}
+    experiment = Tailored(name="mine", **models).experiment()
+    study = Study(name="studied", experiment=experiment, methods=("montessori", "self_instruct"), seeds=(0,))
+    for start, folder in ((lambda: start_run(experiment), "mine"), (lambda: compare.fn(study), "studied")):
+        logged.clear()
+        start()
+        (warning,) = (line for line in logged if "models may need" in line)
+        assert warning.startswith(f"{tmp_path / folder}: ")
+        assert "Free space, or choose another MONTESSORI_RUN_ROOT. If" in warning
+    monkeypatch.setenv(RUN_ROOT, "/proc/none")
+    with pytest.raises(UserError, match="free space or choose another MONTESSORI_RUN_ROOT"):
+        start_run(experiment)
 
 
 @pytest.mark.slow

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.study import _numbers
+from flows.study_result import Cost
 from montessori_core.config import parse_experiment, read_experiment
+from montessori_core.data.tables import REFERENCE_LOSS, table_from_rows, write_table
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
 from montessori_core.tracking.numbers import log_numbers, numbers_of
@@ -16,6 +20,8 @@ from montessori_core.tracking.runs import ITERATIONS, TrackedRun, describe, new_
 from montessori_core.tracking.trackers import check_trackers
 from support.reports import write_run
 from support.tracked import INSTALLED, READABLE, offline, points, trackio_folder
+from tasks.benchmarks import BenchmarkResult
+from tasks.evaluation import StudentEvaluation
 from tasks.tracking import start_tracking, track_iteration, tracking_input
 
 __all__ = ["offline", "trackio_folder"]
@@ -117,6 +123,15 @@ def test_iteration_becomes_numbers() -> None:
         "contamination/evaluation set/8_words": 0.0,
     }
     assert numbers_of(METRICS | {"iteration": 1})["seconds/unmodified/student"] == 3.0
+
+
+def test_diverged_method_has_no_loss(tmp_path: Path) -> None:
+    """NaN never equals itself: it would be logged again at every resume."""
+    row = {"example_id": "a", "loss": math.nan, "response_tokens": 3}
+    write_table(table_from_rows([row], REFERENCE_LOSS), tmp_path / "losses.parquet", REFERENCE_LOSS)
+    scores = [{"benchmark": "arc", "metric": name, "mean": mean} for name, mean in (("acc", 0.5), ("win", None))]
+    evaluated = StudentEvaluation(tmp_path / "losses.parquet", BenchmarkResult(scores, None))
+    assert _numbers(evaluated, Cost(3.0, 1)) == {"seconds": 3.0, "arc/acc": 0.5}
 
 
 @pytest.mark.skipif(not INSTALLED, reason="no tracker is installed")

@@ -374,7 +374,8 @@ def test_cancelled_flow_run_ends_its_driver_job(server: Server, monkeypatch: pyt
     # Not above: drivers' jobs import this module, and Prefect would take over their logs.
     from prefect.client.schemas.objects import FlowRun
 
-    from flows.experiment import RUN_ROOT, end_jobs
+    from flows.experiment import end_jobs
+    from tasks.resume import RUN_ROOT
 
     run = server.runs / "tiny"
     flow_run = server.start("tiny", "tiny", submit_driver=True)
