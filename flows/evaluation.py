@@ -24,8 +24,8 @@ from montessori_core.config import (
     Used,
     parse_experiment,
     read_experiment,
+    used_of_model,
     with_student,
-    without_unused,
     write_yaml,
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
@@ -116,11 +116,7 @@ def evaluated_experiment(content: Mapping[str, Any], model: str, name: str, sour
     Raises:
         ConfigError: a setting that is used is not valid, or there is no such setting.
     """
-    used = without_unused(content, _USED)
-    student = used.get("student", {})
-    if isinstance(student, dict):
-        student = {**student, "model": model}
-    return parse_experiment({**used, "name": name, "teacher": {"model": model}, "student": student}, source)
+    return parse_experiment(used_of_model(content, _USED, model) | {"name": name}, source)
 
 
 def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, list[str]]:

@@ -13,7 +13,7 @@ from cluster.lock import only_driver
 from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import DataSource, Experiment, StageResources, Used, parse_experiment, without_unused
+from montessori_core.config import DataSource, Experiment, StageResources, Used, parse_experiment, used_of_model
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.origins import Origin, origin_of
 from montessori_core.data.rows import Rows, TrainingRow
@@ -83,11 +83,7 @@ def training_experiment(content: Mapping[str, Any], model: str, source: str) -> 
     Raises:
         ConfigError: a setting that is used is not valid, or there is no such setting.
     """
-    used = without_unused(content, _USED)
-    student = used.get("student", {})
-    if isinstance(student, dict):
-        student = {**student, "model": model}
-    used |= {"teacher": {"model": model}, "student": student}
+    used = used_of_model(content, _USED, model)
     cluster = used.pop("cluster", {})
     recipe = parse_experiment(used, source).training
     # The processes of a training also share the batches of a warm-up, and by default those of a teacher update.

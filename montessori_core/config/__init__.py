@@ -12,8 +12,8 @@ from montessori_core.config.experiment import (
     Used,
     parse_experiment,
     read_experiment,
+    used_of_model,
     with_student,
-    without_unused,
 )
 from montessori_core.config.filters import (
     CodeRunsFilter,
@@ -110,7 +110,7 @@ __all__ = [
     "read_experiment",
     "read_study",
     "read_yaml",
+    "used_of_model",
     "with_student",
-    "without_unused",
     "write_yaml",
 ]

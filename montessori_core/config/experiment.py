@@ -164,14 +164,23 @@ Used = Mapping[str, tuple[type[Section], tuple[str, ...]]]
 """Fields that a command uses, by section, with the section's type; '' is the whole. Other sections are used whole."""
 
 
-def without_unused(content: Mapping[str, Any], used: Used, section: str = "") -> dict[str, Any]:
+def used_of_model(content: Mapping[str, Any], used: Used, model: str) -> dict[str, Any]:
+    """Return the part of a configuration, as plain data, that a command uses, for this model as student and teacher."""
+    kept = _without_unused(content, used)
+    student = kept.get("student", {})
+    if isinstance(student, dict):
+        student = {**student, "model": model}
+    return {**kept, "teacher": {"model": model}, "student": student}
+
+
+def _without_unused(content: Mapping[str, Any], used: Used, section: str = "") -> dict[str, Any]:
     """Return a section of a configuration without the fields that a command does not use; unknown fields are kept."""
     kept: dict[str, Any] = {}
     kind, names = used.get(section, (None, ()))
     for name, value in content.items():
         if kind is None or name in names or name not in kind.model_fields:
             path = f"{section}.{name}".removeprefix(".")
-            kept[name] = without_unused(value, used, path) if isinstance(value, dict) else value
+            kept[name] = _without_unused(value, used, path) if isinstance(value, dict) else value
     return kept
 
 
