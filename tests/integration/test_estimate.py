@@ -183,8 +183,9 @@ def test_checkpoints_on_disk_are_as_planned(tiny_llama: Path, tmp_path: Path, mo
     assert Kept.of(run).checkpoints == pytest.approx(max(written), rel=0.2)  # tied embeddings are there twice more
 
 
-def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = reopen_run(finished_run / "runs" / "tiny")
+def test_full_disk_is_announced(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = reopen_run(finished_run / "runs" / "tiny")
+    run = replace(finished, folder=tmp_path)  # of a new run: a resumed one has models already
     study = Study(experiment=run.experiment, methods=("montessori", "self_instruct", "select"), seeds=(0, 1))
     assert warn_of_run(run) == warn_of_study(study, [run], run.folder) == []
     kept = Kept.of(run)
@@ -195,6 +196,7 @@ def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPa
     assert len(warn_of_run(run)) == 1
     (warning,) = warn_of_study(study, [run], run.folder)
     assert "Free space, or choose another --run-root" in warning
+    assert warn_of_run(finished) == warn_of_study(study, [finished], finished.folder) == []
     assert 2 * kept.of_run(run.experiment) < kept.of_study(study, [])
 
 

@@ -63,7 +63,7 @@ def test_update_equals_that_of_the_dequantized_weights(tiny_llama: Path, tmp_pat
     load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path / "dequantized")
 
     first = update(tmp_path / "first", tiny_llama, QUANTIZED)
-    assert adapted_model(first) == str(tiny_llama)
+    assert adapted_model(first) == str(tiny_llama.resolve())
     assert margins(first)[-1] > 0.2
     assert margins(first) == pytest.approx(margins(update(tmp_path / "whole", tmp_path / "dequantized")), rel=1e-3)
     second = update(tmp_path / "second", first, QUANTIZED)

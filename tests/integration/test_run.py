@@ -277,7 +277,7 @@ def test_prefect_has_artifact_of_every_stage(undisturbed: Path) -> None:
 
 def test_summary_names_main_results(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
-    for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
+    for text in ("preference pairs", "share that helps", "unmodified teacher", "report.html", "kept"):
         assert text in output
     (line,) = (line for line in output.splitlines() if "instructions of the target kind" in line)
     assert "not shown: a classifier of words" in line
