@@ -194,6 +194,7 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
             folder=scratch / kind,
             suffix=".json",
             kind=kind,
+            check_gpus=False,  # the report counts them
         )
         single = _of_test_job(resources, patience, nodes=1, processes=1)
         report = _run_test_job(stage, single, cluster, patience, _JOB_REMEDY, python)
@@ -203,9 +204,8 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
         yield from check_report(kind, report, token.read_text(), resources)
     nodes = 2 if cluster.profile == "slurm" else 1
     pair = _of_test_job(cluster.resources.training, patience, nodes=nodes, processes=2 // nodes)
-    stage = Stage(
-        "all-reduce", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, scratch / "together", ".json", "training"
-    )
+    entry, folder = "cluster.doctor_jobs:open_all_reduce", scratch / "together"
+    stage = Stage("all-reduce", 1, entry, {}, {}, {}, folder, ".json", "training", check_gpus=False)
     report = _run_test_job(stage, pair, cluster, patience, _NETWORK_REMEDY)
     if isinstance(report, Finding):
         yield report

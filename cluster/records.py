@@ -33,6 +33,7 @@ class Description(Record):
     suffix: str
     kind: str = ""
     key_values: dict[str, dict[str, Any]] = {}
+    check_gpus: bool = True
     rows: Annotated[int, Field(ge=0, lt=10**10)]
     rows_per_shard: Annotated[int, Field(ge=1, lt=10**10)]
     shards: Annotated[int, Field(ge=1, lt=10**7)]

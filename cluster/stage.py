@@ -101,6 +101,7 @@ class Stage:
         kind: the section of cluster.resources that its jobs use; for display and forecasts.
         settings_type: `module:class` that validates the settings on a node; None passes them unchanged.
         key_values: see `montessori_core.program.Program`.
+        check_gpus: fail where torch does not see the GPUs of the job.
     """
 
     program: str
@@ -114,6 +115,7 @@ class Stage:
     kind: str = ""
     settings_type: str | None = None
     key_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    check_gpus: bool = True
 
     @staticmethod
     def of(

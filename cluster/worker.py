@@ -55,8 +55,6 @@ _FULL_GPU = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 _FULL_HOST = "DefaultCPUAllocator: can't allocate memory"  # torch has no type for it
-_DIAGNOSTICS = "cluster.doctor_jobs:"
-"""Programs that report a node's GPUs, also if torch sees none."""
 _SPINS = "1000"
 """How often a waiting thread of torch looks for the others before it sleeps. By libgomp's default, 300,000, threads spin for
 milliseconds, which slows a job down where other processes use the cores, too; see benchmarks/busy_machine.py."""
@@ -110,7 +108,7 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
             if opened is None:
                 inputs = {**stage.inputs, "shared": stage.shared_folder}
                 program = open_program(stage.entry, stage.settings_type, stage.settings, inputs)
-                if gpus and "torch" in sys.modules and not stage.entry.startswith(_DIAGNOSTICS):
+                if gpus and "torch" in sys.modules and stage.check_gpus:
                     from montessori_core.models.device import check_gpus  # drivers never import torch
 
                     check_gpus(gpus)

@@ -25,7 +25,7 @@ from montessori_core.config import (
     parse_experiment,
     read_experiment,
     used_of_model,
-    with_student,
+    without_other_revision,
     write_yaml,
 )
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
@@ -45,7 +45,7 @@ from tasks.changed_settings import differences_of_method
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
 from tasks.resume import STUDY, command_of, command_to_evaluate, record_command, refusal_of_changes
-from tasks.run import Model, Run, check_environment, idle_gpus
+from tasks.run import Model, Run, check_environment, idle_gpus, revision_name
 from tasks.stage import Step
 from tasks.students import check_student, open_student
 
@@ -91,7 +91,7 @@ def evaluate(experiment: Experiment, model: str, name: Annotated[FolderName, Fie
         model: folder or Hugging Face id of the model.
         name: name of the evaluation and of its folder.
     """
-    content = with_student(experiment.model_dump(mode="json"), model)
+    content = without_other_revision(experiment.model_dump(mode="json"), model)
     used = evaluated_experiment(content, model, name, "experiment")
     evaluation, warnings = open_evaluation(used, run_root() / name)
     log_warnings(warnings)
@@ -136,8 +136,7 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins)
     check_benchmarks(experiment.benchmarks, {})
     check_environment(experiment)
-    student = experiment.student
-    name = f"{student.model}@{student.revision or 'main'}"
+    student, name = experiment.student, revision_name(experiment.student)
     pinned = student.model_copy(update={"revision": commits.get(name, student.revision)})
     commit = commit_of(check_student(pinned))
     folder.mkdir(parents=True, exist_ok=True)

@@ -122,8 +122,9 @@ class Inputs:
 
 def step_rate(warm_state: Path | None) -> float:
     """Return the learning rate of a step: the peak rate of the training that left the student's moments, or the default."""
-    known = warm_state is not None and (warm_state / MOMENTS_FILE).exists()
-    rate = moments_rate(warm_state) if warm_state is not None and known else None
+    if warm_state is None or not (warm_state / MOMENTS_FILE).exists():
+        return Warmup().learning_rate
+    rate = moments_rate(warm_state)
     return Warmup().learning_rate if rate is None else rate
 
 

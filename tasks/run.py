@@ -139,7 +139,7 @@ class Run:
     def filter_model(self, entry: SemanticFilter) -> Model:
         """Return the model of a filter."""
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
-        return Model.of(fetch_model(entry.model, commits.get(_name_of(entry), entry.revision)))
+        return Model.of(fetch_model(entry.model, commits.get(revision_name(entry), entry.revision)))
 
     def benchmark_file(self, setting: str) -> Path:
         """Return the path of the copy of a file or folder of the section `benchmarks`."""
@@ -170,7 +170,7 @@ class Run:
     def _configured(self, section: Teacher | Student) -> Model:
         # A branch on the hub may move during a run; the run keeps the commit it started with.
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
-        folder = fetch_model(section.model, commits.get(_name_of(section), section.revision))
+        folder = fetch_model(section.model, commits.get(revision_name(section), section.revision))
         role = _role(section)
         template = _template_copy(self.folder, role)
         if template.exists():
@@ -232,7 +232,7 @@ def _check_and_write(
     warnings += idle_gpus(experiment.cluster)
     recorded = read_json(folder / layout.MODEL_COMMITS) or {}
     teacher, student = (
-        fetch_model(section.model, recorded.get(_name_of(section), section.revision))
+        fetch_model(section.model, recorded.get(revision_name(section), section.revision))
         for section in (experiment.teacher, experiment.student)
     )
     commits, templates = _check_models(experiment, teacher, student, recorded)
@@ -355,10 +355,13 @@ def _check_models(
     check_adapter(student, experiment.student.lora, "student.lora")
     check_positions(teacher, experiment.teacher_update.max_length, "teacher_update.max_length")
     check_positions(student, experiment.student.max_length, "student.max_length")
-    fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
+    fetched = {
+        revision_name(experiment.teacher): commit_of(teacher),
+        revision_name(experiment.student): commit_of(student),
+    }
     for entry in experiment.synthesis.filters:
         if isinstance(entry, SemanticFilter):
-            name = _name_of(entry)
+            name = revision_name(entry)
             fetched[name] = commit_of(fetch_model(entry.model, commits.get(name, entry.revision)))
     templates = {}
     for section, model in ((experiment.teacher, teacher), (experiment.student, student)):
@@ -396,5 +399,6 @@ def _template_copy(folder: Path, role: str) -> Path:
     return folder / layout.SOURCES / f"{role}-{TEMPLATE}"
 
 
-def _name_of(section: Teacher | Student | SemanticFilter) -> str:
+def revision_name(section: Teacher | Student | SemanticFilter) -> str:
+    """Return the name under which the commit of a model is recorded."""
     return f"{section.model}@{section.revision or 'main'}"

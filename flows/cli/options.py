@@ -20,7 +20,7 @@ from montessori_core.config import (
     parse_yaml,
     read_cluster,
     read_yaml,
-    with_student,
+    without_other_revision,
 )
 from montessori_core.config.yaml import apply_overrides
 from montessori_core.errors import ConfigError, UserError
@@ -127,7 +127,7 @@ def read_content(
     Raises:
         UserError: a file cannot be read or is not YAML, the cluster file is not valid, or an override sets a part of it.
     """
-    content = with_student(read_yaml(find_configuration(config)), student)
+    content = without_other_revision(read_yaml(find_configuration(config)), student)
     apply_overrides(content, tuple(overrides))
     if cluster is None:
         return content, str(config)

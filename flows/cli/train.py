@@ -63,7 +63,7 @@ def train(
     from tasks.run import idle_gpus
 
     examples = data_source(data, "DATA")
-    settings = {"model": student, **template_settings(chat_template, chat_template_kwargs)}
+    settings = template_settings(chat_template, chat_template_kwargs)
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
     content, source = read_content(config, student, [*(set_ or []), *overrides], cluster)
     experiment = training_experiment(content, student, source)

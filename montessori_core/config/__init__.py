@@ -13,7 +13,7 @@ from montessori_core.config.experiment import (
     parse_experiment,
     read_experiment,
     used_of_model,
-    with_student,
+    without_other_revision,
 )
 from montessori_core.config.filters import (
     CodeRunsFilter,
@@ -111,6 +111,6 @@ __all__ = [
     "read_study",
     "read_yaml",
     "used_of_model",
-    "with_student",
+    "without_other_revision",
     "write_yaml",
 ]

@@ -184,13 +184,12 @@ def _without_unused(content: Mapping[str, Any], used: Used, section: str = "") -
     return kept
 
 
-def with_student(content: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """Return a configuration, as plain data, for another student; a revision is kept only if it is of this model."""
-    student = content.get("student", {})
-    if not isinstance(student, dict):
+def without_other_revision(content: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """Return a configuration, as plain data, without the revision of its student if that is not this model."""
+    student = content.get("student")
+    if not isinstance(student, dict) or student.get("model") == model:
         return dict(content)
-    kept = {name: value for name, value in student.items() if name != "revision" or student.get("model") == model}
-    return {**content, "student": {**kept, "model": model}}
+    return {**content, "student": {name: value for name, value in student.items() if name != "revision"}}
 
 
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
