@@ -44,8 +44,9 @@ from tasks.benchmarks import list_items
 from tasks.changed_settings import differences_of_method
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
+from tasks.gpu_check import idle_gpus
 from tasks.resume import STUDY, command_of, command_to_evaluate, record_command, refusal_of_changes
-from tasks.run import Model, Run, check_environment, idle_gpus, revision_name
+from tasks.run import Model, Run, check_environment, revision_name
 from tasks.stage import Step
 from tasks.students import check_student, open_student
 

@@ -1,19 +1,17 @@
 """A run: its folder, configuration and data sets; opening and checking it."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cluster.backends import open_backend
-from cluster.backends.local import gpus_of_this_machine
 from cluster.lock import no_driver
 from cluster.scripts import check_jobs
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import (
-    Cluster,
     CodeRunsFilter,
     Experiment,
     GroundedStrategy,
@@ -51,7 +49,7 @@ from tasks.benchmark_files import (
     remove_copies,
 )
 from tasks.changed_settings import changed_settings, first_stage
-from tasks.memory_check import memory_warnings
+from tasks.gpu_check import idle_gpus, memory_warnings
 from tasks.resume import run_root_option
 
 _PASSAGES = "passages"
@@ -297,7 +295,7 @@ def reopen_run(folder: Path) -> Run:
     """
     config = folder / layout.CONFIG
     if not config.exists():
-        raise UserError(f"{folder}: not a run (no config.yaml); runs are subfolders of --run-root")
+        raise UserError(f"{folder}: not a run (no config.yaml); runs are subfolders of {run_root_option()}")
     return Run(folder.resolve(), read_experiment(config))
 
 
@@ -316,25 +314,6 @@ def check_environment(experiment: Experiment) -> None:
             check_isolation()
     for stage, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None, stage)
-
-
-def idle_gpus(cluster: Cluster) -> list[str]:
-    """Return a warning if jobs run on a machine whose GPUs none of them uses, or influence does and evaluation does not."""
-    influence, evaluation = cluster.resources.influence, cluster.resources.evaluation
-    if influence.gpus_per_node and not evaluation.gpus_per_node:
-        return [
-            f"jobs of evaluation have no GPU and {evaluation.cpus_per_process} CPU cores, while those of influence have "
-            "GPUs; set cluster.resources.evaluation.gpus_per_node: 1, unless the student is small"
-        ]
-    if cluster.profile != "local" or any(resources.gpus_per_node for _, resources in cluster.resources):
-        return []
-    with suppress(UserError):  # CUDA_VISIBLE_DEVICES names GPUs in a way that only jobs with GPUs must understand
-        if count := len(gpus_of_this_machine()):
-            return [
-                f"this machine has {count} GPU{'s'[: count > 1]}, but jobs use none; add --cluster workstation, which gives "
-                "each job one, or set gpus_per_node in cluster.resources"
-            ]
-    return []
 
 
 def _check_models(

@@ -60,7 +60,7 @@ def train(
     To resume after an interruption, run the same command again; a finished training is not repeated.
     """
     from flows.training import StudentTraining, train_on_data, training_experiment
-    from tasks.run import idle_gpus
+    from tasks.gpu_check import idle_gpus
 
     examples = data_source(data, "DATA")
     settings = template_settings(chat_template, chat_template_kwargs)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from montessori_core import layout
 from montessori_core.config import DataSource
-from montessori_core.data.sources import load_tasks, read_tasks
+from montessori_core.data.sources import TaskReader, load_tasks
 from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.evaluation.statistics import share_interval
 
@@ -152,7 +152,7 @@ def choose_classifier(reference: Sequence[str], seeds: Sequence[str]) -> KindCla
         seeds: the seed pool's tasks.
     """
     against_seeds = train_classifier(reference, seeds)
-    builtin = [task.instruction for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)]
+    builtin = [task.instruction for task in TaskReader(DataSource(path="builtin"), "seed_pool", with_response=False)]
     against_builtin = replace(train_classifier(reference, builtin), others="the built-in tasks of all kinds")
     knows_kind = (against_builtin.share(seeds).value or 0.0) <= _MOST_WANTED_SEEDS
     candidates = [against_seeds, against_builtin] if knows_kind else [against_seeds]

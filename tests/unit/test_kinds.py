@@ -105,13 +105,16 @@ def test_language_of_the_seeds_is_no_kind() -> None:
     assert classifier.others == "the seeds"
 
 
-def test_classifier_of_a_run_reads_its_sources(tmp_path: Path) -> None:
+def test_classifier_of_a_run_reads_its_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read_classifier(tmp_path) is None
     (tmp_path / "sources").mkdir()
     for name, path in (("reference", "builtin/maths"), ("seed_pool", "builtin")):
         tasks = read_tasks(DataSource(path=path), name, with_response=name == "reference")
         write_tasks(tasks, tmp_path / "sources" / f"{name}.jsonl")
+    caplog.clear()
+    caplog.set_level("INFO")
     classifier = read_classifier(tmp_path)
+    assert not caplog.messages  # the built-in tasks that it learns from would look like the run's seed pool
     assert classifier is not None
     assert classifier.is_target("Ben has 12 pens. He gives 5 of them away. How many pens does he have left?")
     assert not classifier.is_target("Write a poem about the sea.")

@@ -275,7 +275,7 @@ def test_open_run_warns_of_trainings_larger_than_gpus(
 ) -> None:
     """The tiny Llama's training takes 508 MB, most of them buckets; 503 MB without the optimizer."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr("tasks.memory_check._GPU_MEMORY", 505e6 / USABLE)
+    monkeypatch.setattr("tasks.gpu_check._GPU_MEMORY", 505e6 / USABLE)
     warnings = warnings_of(tmp_path, tiny_llama, cluster={"resources": resources}, **sections)
     needs = [warning for warning in warnings if "on each GPU" in warning]
     assert [warning.partition(" ")[0] for warning in needs] == warned

@@ -1,15 +1,37 @@
-"""Warn of trainings that need more memory than GPUs have, before the first job. Works without torch, for the driver."""
+"""Warn of idle GPUs and of trainings that do not fit them, before the first job. Works without torch, for the driver."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
-from montessori_core.config import Experiment
+from cluster.backends.local import gpus_of_this_machine
+from montessori_core.config import Cluster, Experiment
+from montessori_core.errors import UserError
 from montessori_core.models.fingerprints import weight_shapes
 from montessori_core.models.shape import GB, USABLE, Shape
 from montessori_core.training.memory import plan_update
 
 _GPU_MEMORY = 80 * GB
 """What is assumed of the nodes' GPUs, as by `montessori plan`; the configuration does not say it."""
+
+
+def idle_gpus(cluster: Cluster) -> list[str]:
+    """Return a warning if jobs run on a machine whose GPUs none of them uses, or influence does and evaluation does not."""
+    influence, evaluation = cluster.resources.influence, cluster.resources.evaluation
+    if influence.gpus_per_node and not evaluation.gpus_per_node:
+        return [
+            f"jobs of evaluation have no GPU and {evaluation.cpus_per_process} CPU cores, while those of influence have "
+            "GPUs; set cluster.resources.evaluation.gpus_per_node: 1, unless the student is small"
+        ]
+    if cluster.profile != "local" or any(resources.gpus_per_node for _, resources in cluster.resources):
+        return []
+    with suppress(UserError):  # CUDA_VISIBLE_DEVICES names GPUs in a way that only jobs with GPUs must understand
+        if count := len(gpus_of_this_machine()):
+            return [
+                f"this machine has {count} GPU{'s'[: count > 1]}, but jobs use none; add --cluster workstation, which gives "
+                "each job one, or set gpus_per_node in cluster.resources"
+            ]
+    return []
 
 
 def memory_warnings(experiment: Experiment, teacher: Path, student: Path) -> list[str]:
