@@ -21,7 +21,10 @@ class Record(BaseModel):
 
 
 class Description(Record):
-    """A stage as its workers read it, and how its rows are cut; see `cluster.stage.Stage`."""
+    """A stage as its workers read it, and how its rows are cut; see `cluster.stage.Stage`.
+
+    Earlier versions recorded no `key_values`.
+    """
 
     program: str
     version: int
@@ -32,7 +35,7 @@ class Description(Record):
     input_hashes: dict[str, str]
     suffix: str
     kind: str = ""
-    key_values: dict[str, dict[str, Any]] = {}
+    key_values: dict[str, dict[str, Any]] | None = None
     check_gpus: bool = True
     rows: Annotated[int, Field(ge=0, lt=10**10)]
     rows_per_shard: Annotated[int, Field(ge=1, lt=10**10)]

@@ -284,6 +284,8 @@ class Stage:
         """Return the stage in a folder from its description."""
         content = description.model_dump(exclude={"rows", "rows_per_shard", "shards"})
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
+        if description.key_values is None:  # of an earlier version, whose jobs may still be queued
+            content["key_values"] = {"zero": {"offload": "none"}} if "zero" in description.settings else {}
         return Stage(**content, inputs=inputs, folder=folder)
 
     def _now_computes_other(self, index: int, key: str) -> bool:

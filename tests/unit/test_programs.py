@@ -14,7 +14,7 @@ from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Resources, TeacherUpdate, Warmup, Zero
-from montessori_core.files import hash_json, hash_path
+from montessori_core.files import hash_json, hash_path, read_json, write_json
 from montessori_core.program import Program, load
 from support import squares
 from support.logged_programs import ADDING, DOUBLING, LogSettings
@@ -110,6 +110,20 @@ def test_key_excludes_offload(program: Program[Any]) -> None:
     assert offloaded.key(table) == plain.key(table) == hash_json(content)  # as before keys excluded it
     assert offloaded.settings["zero"]["offload"] == "optimizer"
     assert stage(stage=2).key(table) != plain.key(table)
+
+
+def test_training_described_by_an_earlier_version_keeps_its_key(tmp_path: Path) -> None:
+    """Its jobs may still be queued, and would otherwise train for a key that no driver asks for."""
+    settings = programs.Sft(
+        max_length=64, save_moments=False, recipe=Warmup().shared(), zero=Zero(offload="optimizer"), seed=0
+    )
+    stage = Stage.of(programs.SFT, settings, tmp_path, {}, {})
+    stage.write(as_shards([{"n": 1}]))
+    description = read_json(tmp_path / "stage.json")
+    assert description is not None
+    del description["key_values"]
+    write_json(description, tmp_path / "stage.json")
+    assert Stage.read(tmp_path).key(stage.read_rows(0)) == stage.key(stage.read_rows(0))
 
 
 @pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
