@@ -39,7 +39,7 @@ from montessori_core.files import read_json, write_json
 from montessori_core.models.fetch import commit_of
 from montessori_core.models.thinking import thinking_warning
 from montessori_core.provenance import write_provenance
-from tasks.benchmark_files import check_benchmarks, copy_benchmarks
+from tasks.benchmark_files import check_benchmarks, copied_benchmarks
 from tasks.benchmarks import list_items
 from tasks.changed_settings import differences_of_method
 from tasks.evaluation import evaluate as evaluate_student
@@ -148,7 +148,8 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
         if changed or (config.exists() and read_experiment(config).benchmarks != experiment.benchmarks):
             (folder / RESULT).unlink(missing_ok=True)
         warnings += changed
-        copy_benchmarks(experiment.benchmarks, run.folder / layout.SOURCES, {})
+        with copied_benchmarks(experiment.benchmarks, run.folder / layout.SOURCES, {}):
+            pass
         write_json({} if commit is None else {name: commit}, folder / layout.MODEL_COMMITS)
         write_origins(origins, folder / layout.ORIGINS)
         write_provenance(folder, {"student": model.sha256})

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from montessori_core.config import Benchmarks
@@ -19,18 +20,19 @@ def benchmark_copy(benchmarks: Benchmarks, setting: str, copies: Path) -> Path:
 
 
 def current_copies(benchmarks: Benchmarks, before: Benchmarks, copies: Path) -> dict[str, Path]:
-    """Return a run's copies that are still those of the configured files, by setting.
+    """Return a run's copies that are still those of the configured files, or that are configured themselves, by setting.
 
     Args:
         benchmarks: the configuration now.
         before: the one that the run was last opened with.
         copies: the folder of copies.
     """
-    settings = [
-        name for name, path in _benchmark_paths(benchmarks).items() if _benchmark_paths(before).get(name) == path
-    ]
-    paths = {setting: benchmark_copy(benchmarks, setting, copies) for setting in settings}
-    return {setting: path for setting, path in paths.items() if path.exists()}
+    earlier, current = _benchmark_paths(before), {}
+    for setting, path in _benchmark_paths(benchmarks).items():
+        copy = benchmark_copy(benchmarks, setting, copies)
+        if copy.exists() and (earlier.get(setting) == path or copy.resolve() == path.resolve()):
+            current[setting] = copy
+    return current
 
 
 def check_benchmarks(benchmarks: Benchmarks, copied: Mapping[str, Path]) -> dict[str, list[str]]:
@@ -92,7 +94,7 @@ def _benchmark_paths(benchmarks: Benchmarks) -> dict[str, Path]:
 
 
 def remove_copies(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Path]) -> None:
-    """Remove the copies that `copy_benchmarks` replaces."""
+    """Remove the copies that `copied_benchmarks` replaces."""
     for setting in _benchmark_paths(benchmarks).keys() - copied.keys():
         copy = benchmark_copy(benchmarks, setting, copies)
         if copy.is_dir():
@@ -103,9 +105,15 @@ def remove_copies(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Pat
             copy.unlink(missing_ok=True)
 
 
-def copy_benchmarks(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Path]) -> None:
-    """Copy the files of the section `benchmarks` to a folder, except those of `copied`."""
-    for setting, path in _benchmark_paths(benchmarks).items():
-        if setting not in copied:
-            with commit(benchmark_copy(benchmarks, setting, copies)) as temporary:
+@contextmanager
+def copied_benchmarks(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Path]) -> Iterator[None]:
+    """Copy the files of the section `benchmarks` to a folder, except those of `copied`.
+
+    The copies are complete when the block begins, and take their places when it ends.
+    """
+    with ExitStack() as commits:
+        for setting, path in _benchmark_paths(benchmarks).items():
+            if setting not in copied:
+                temporary = commits.enter_context(commit(benchmark_copy(benchmarks, setting, copies)))
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary)
+        yield

@@ -43,7 +43,7 @@ from montessori_core.versions import check_versions
 from tasks.benchmark_files import (
     benchmark_copy,
     check_benchmarks,
-    copy_benchmarks,
+    copied_benchmarks,
     current_copies,
     overlap_warnings,
     remove_copies,
@@ -256,10 +256,10 @@ def _check_and_write(
         write_origins(origins, folder / layout.ORIGINS)
         if changed or benchmarks != benchmarks_before:
             _mark_unfinished(folder)
-        # A copy is that of the file that `opened` names, also if this ends here.
-        remove_copies(benchmarks, copies, benchmarks_copied)
-        write_yaml(experiment, opened)
-        copy_benchmarks(benchmarks, copies, benchmarks_copied)
+        with copied_benchmarks(benchmarks, copies, benchmarks_copied):
+            # A copy is that of the file that `opened` names, also if this ends here.
+            remove_copies(benchmarks, copies, benchmarks_copied)
+            write_yaml(experiment, opened)
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:

@@ -186,8 +186,9 @@ def test_changed_benchmark_file_replaces_the_copy(tiny_llama: Path, tmp_path: Pa
     copy = tmp_path / "run" / "sources" / "mt_bench.jsonl"
     assert "second: write a poem." in copy.read_text()
     (tmp_path / "second.jsonl").unlink()  # a run needs the original no more
-    warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, judge={"model": "judge"})
-    assert "second: write a poem." in copy.read_text()
+    for path in (benchmarks["mt_bench"], str(copy)):
+        warnings_of(tmp_path, tiny_llama, benchmarks={"mt_bench": path}, judge={"model": "judge"})
+        assert "second: write a poem." in copy.read_text()
 
 
 @pytest.mark.parametrize("edit", ["max_length: 129", "limit: 5"])
@@ -466,3 +467,25 @@ def test_configuration_of_a_run_continues_it(tiny_llama: Path, tmp_path: Path, m
     ):
         monkeypatch.chdir(tmp_path)  # continuing a run enters the directory where it was started
         assert folder_of(opened, file, root) == expected
+
+
+def test_benchmark_that_cannot_be_copied_replaces_no_copy(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original of the copy may be gone; the run is continued with it when space is free again."""
+    for name in ("first", "second"):
+        row = {"question_id": 1, "category": "writing", "turns": [f"{name}: write a poem.", "Shorter."]}
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+    first, second = ({"mt_bench": str(tmp_path / f"{name}.jsonl")} for name in ("first", "second"))
+    warnings_of(tmp_path, tiny_llama, benchmarks=first, judge={"model": "judge"})
+    (tmp_path / "first.jsonl").unlink()
+
+    def copy_nothing(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "copyfile", copy_nothing)
+        with pytest.raises(UserError, match="No space left"):
+            warnings_of(tmp_path, tiny_llama, benchmarks=second, judge={"model": "judge"})
+    warnings_of(tmp_path, tiny_llama, benchmarks=first, judge={"model": "judge"})
+    assert "first: write a poem." in (tmp_path / "run" / "sources" / "mt_bench.jsonl").read_text()
