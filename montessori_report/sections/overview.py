@@ -14,6 +14,11 @@ THRESHOLDS = {
     "prompt": "the median of the probing set; in pairs, the mean of the prompt",
 }
 
+_ONE_RUN = (
+    " The error is over the evaluation examples. Another seed may give the opposite result: two sets by one teacher may differ "
+    "as much, so compare several seeds (montessori compare)."
+)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -60,10 +65,10 @@ def judge(run: RunData) -> Verdict:
     if abs(mean) <= 2 * error:
         return Verdict("noise", "Within noise", f"{sentence}, within two standard errors of no difference.{untrained}")
     if mean < 0:
-        return Verdict("worse", "Worse student", f"{sentence}.{untrained}")
+        return Verdict("worse", "Worse student in this run", f"{sentence}.{_ONE_RUN}{untrained}")
     if untrained:
         return Verdict("noise", "Better than unmodified, worse than untrained", f"{sentence}.{untrained}")
-    return Verdict("better", "Better student", f"{sentence}.")
+    return Verdict("better", "Better student in this run", f"{sentence}.{_ONE_RUN}")
 
 
 def _warn_if_worse_than_untrained(run: RunData, iteration: IterationData) -> str:

@@ -351,7 +351,7 @@ def test_report_warns_of_cut_examples_and_dominating_gradients(run: Path, tmp_pa
         ("iteration-1/training", "the synthesis of the training set"),
         ("iteration-1/examples.parquet", "the synthesis of the probing set"),
         ("iteration-1/metrics.json", "the metrics"),
-        ("unmodified", "Better student."),
+        ("unmodified", "Better student in this run."),
         ("config.yaml", "The configuration (config.yaml) is not in the folder."),
         ("provenance.json", "The provenance (provenance.json) is not in the folder."),
     ],
@@ -397,8 +397,8 @@ def test_two_iterations_are_both_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gain", "error", "headline"),
     [
-        (0.02, 0.004, "Better student."),
-        (-0.02, 0.004, "Worse student."),
+        (0.02, 0.004, "Better student in this run."),
+        (-0.02, 0.004, "Worse student in this run."),
         (0.0079, 0.004, "Within noise."),
         (-0.0079, 0.004, "Within noise."),
         (0.0, 0.0, "Within noise."),
@@ -413,7 +413,7 @@ def test_verdict_follows_paired_gain(run: Path, tmp_path: Path, gain: float, err
 
 @pytest.mark.parametrize(
     ("gain", "headline"),
-    [(0.02, "Better than unmodified, worse than untrained."), (0.0, "Within noise."), (-0.02, "Worse student.")],
+    [(0.02, "Better than unmodified, worse than untrained."), (0.0, "Within noise."), (-0.02, "Worse student in this run.")],
 )
 def test_verdict_reports_harmful_training(run: Path, tmp_path: Path, gain: float, headline: str) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
