@@ -112,7 +112,7 @@ def print_summary(run: Run) -> None:
             gain = metrics["held_out_gain"]["student_over_unmodified"]
             table.add_row(
                 "gain of the updated over the unmodified teacher's data",
-                f"{gain['mean']:+.4f} nats per token (standard error {gain['standard_error']:.4f}, paired)",
+                f"{gain['mean']:+.4f} nats per token (standard error over examples {gain['standard_error']:.4f}, paired)",
             )
         scores: dict[str, list[str]] = {}
         for score in metrics.get("scores", []):
