@@ -124,7 +124,8 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
 
     out = out.resolve()
     with opened_inputs(measurement, out, bad_rows, check) as inputs:
-        remove_stale(out, _decides(validation, warmup, inputs), [out / RESULT])
+        results = [out / name for name in (RESULT, PAGE, TRAININGS, PREDICTED)]
+        remove_stale(out, _decides(validation, warmup, inputs), results)
         record_command(out, command, measurement.student.model, out / RESULT, measurement.cluster)
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))

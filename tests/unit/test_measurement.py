@@ -55,6 +55,7 @@ def _write_rows(folder: Path, **files: int) -> None:
     [
         ("influence", "out.parquet", "flows.influence.estimate_influence"),
         ("validate", "out.parquet/validation.json", "flows.validation._measure_predictors"),
+        ("validate", "out.parquet/validation.html", "flows.validation._measure_predictors"),
     ],
 )
 def test_result_of_other_options_is_removed(
