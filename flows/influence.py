@@ -70,11 +70,13 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
         _check_out(table)
     folder = out.with_name(out.name + ".parts").resolve()
     with opened_inputs(measurement, folder) as inputs, _opened_store(measurement.store):
+        if measurement.store is not None:
+            MeasurementStages(folder, measurement, inputs).check_store(measurement.store)
         examples = ExamplesHash(tasks_of(inputs.rows))
-        missing = next((table for table in tables if not table.exists()), tables[-1])
         unused = _folders_of_earlier_sets(folder, measurement)
         remove_stale(folder, _decides(measurement, inputs), tables)
-        record_command(folder, command, measurement.student.model, missing, measurement.cluster, unused)
+        last = next((table for table in reversed(tables) if not table.exists()), tables[-1])  # written in order
+        record_command(folder, command, measurement.student.model, last, measurement.cluster, unused)
         for number, (target, table) in enumerate(zip(inputs.targets, tables, strict=True)):
             of_target = folder / _folder_on(target.name) if measurement.targets else folder
             joint = JointStage(folder / _JOINT, number) if measurement.targets else None
@@ -238,18 +240,25 @@ class MeasurementStages:
             )
         )
 
+    def check_store(self, store: Store) -> None:
+        """Raise a DataError if a store holds other steps than those of this measurement."""
+        steps = self._stored_steps(store)
+        _check_store(stage_of(programs.STEPS, steps, store.folder, self._inputs.models, {}), self._inputs.rows)
+
+    def _stored_steps(self, store: Store) -> programs.StepProjection:
+        settings = self._settings("first_order").model_dump(include={"max_length", "dtype", "state_dtype", "step"})
+        return programs.StepProjection(**settings, numbers=store.numbers)
+
     def _estimate_from_store(self, store: Store) -> pa.RecordBatchReader:
+        """Estimate influence by the steps of a store, see `check_store`."""
         settings, inputs = self._settings("first_order"), replace(self._inputs, files={})
         cluster, tasks = self._measurement.cluster, Rows.of([vars(task) for task in inputs.reference], TaskRow)
-        steps = programs.StepProjection(
-            **settings.model_dump(include={"max_length", "dtype", "state_dtype", "step"}), numbers=store.numbers
-        )
+        steps = self._stored_steps(store)
         reference = programs.ReferenceProjection(
             **dict(steps),
             reference_reduction=settings.reference_reduction,
             reference_batch_tokens=settings.reference_batch_tokens,
         )
-        _check_store(stage_of(programs.STEPS, steps, store.folder, inputs.models, {}), inputs.rows)
         kept = compute_parts(store.folder, programs.STEPS, steps, inputs.rows, inputs, cluster, self._rows_per_shard)
         (projected,) = compute_parts(
             self._folder / "reference", programs.REFERENCE_PROJECTION, reference, tasks, inputs, cluster

@@ -4,12 +4,13 @@ import itertools
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cluster.backends import open_backend
 from cluster.lock import only_driver
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
@@ -139,13 +140,23 @@ def names_of_targets(measurement: Measurement) -> list[str]:
 
 
 @contextmanager
-def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRow] = ()) -> Iterator[Inputs]:
+def opened_inputs(
+    measurement: Measurement,
+    folder: Path,
+    bad_rows: Sequence[BadRow] = (),
+    check: Callable[[int, int], None] = lambda examples, reference: None,
+) -> Iterator[Inputs]:
     """Read the files and find the models of a measurement; create its folder, and hold the folder's lock.
 
-    Rows that are left out are listed in the folder, after `bad_rows`, those of a set that was read before.
+    Args:
+        measurement: what is measured.
+        folder: its folder; rows that are left out are listed there.
+        bad_rows: those of a set that was read before.
+        check: called with the numbers of examples and of reference examples before the folder is touched; may raise.
 
     Raises:
-        UserError: a file or the model is invalid; the message names it. Or another process measures in the folder.
+        UserError: a file or the model is invalid, or jobs cannot be started here; the message names it. Or another process
+            measures in the folder.
     """
     is_run = (folder / CONFIG).exists()
     ours = (folder / DRIVER_LOCK).exists() or command_of(folder) is not None  # a user may have removed the lock
@@ -158,6 +169,7 @@ def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[Bad
         examples = Path(scratch) / _EXAMPLES
         _write_examples(measurement.examples, examples, left_out)
         references = _check_other_inputs(measurement, left_out)
+        check(len(task_rows(examples, ExampleRow)), len(references[0]))
         folder.mkdir(parents=True, exist_ok=True)
         with only_driver(folder):  # before the copies are written: jobs of another process may be reading them
             with commit(folder / _EXAMPLES) as copy:
@@ -199,7 +211,13 @@ def _example_row(task: Task) -> ExampleRow:
 
 
 def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> list[list[Task]]:
-    """Check the models of a measurement and read its reference sets; `bad_rows` takes the rows that are left out."""
+    """Check the models and the cluster of a measurement, and read its reference sets.
+
+    Args:
+        measurement: what is measured.
+        bad_rows: takes the rows that are left out.
+    """
+    open_backend(measurement.cluster, measurement.cluster.resources.influence, None, "influence")
     warm_state = measurement.warm_state
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")

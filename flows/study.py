@@ -26,7 +26,7 @@ from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
 from montessori_core.files import hash_path, read_json
-from montessori_core.formatting import is_finite
+from montessori_core.formatting import is_finite, task_name
 from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
@@ -276,7 +276,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
 
 def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
     """Return the numbers of a method's student for trackers; those that are not finite are left out."""
-    scores = {f"{row['benchmark']}/{row['metric']}": row["mean"] for row in evaluated.benchmarks.scores}
+    scores = {f"{task_name(row['benchmark'])}/{row['metric']}": row["mean"] for row in evaluated.benchmarks.scores}
     numbers = {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **scores}
     return {name: number for name, number in numbers.items() if is_finite(number)}
 

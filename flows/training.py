@@ -123,12 +123,16 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
         check_student(training.experiment.student)
         folder.mkdir(parents=True, exist_ok=True)
         with only_driver(folder):
-            write_bad_rows(bad_rows, folder)
-            return _train_on_rows(training, rows, origin, output, command)
+            return _train_on_rows(training, rows, bad_rows, origin, output, command)
 
 
 def _train_on_rows(
-    training: StudentTraining, rows: Rows, origin: Origin, output: Path, command: Sequence[str]
+    training: StudentTraining,
+    rows: Rows,
+    bad_rows: list[BadRow],
+    origin: Origin,
+    output: Path,
+    command: Sequence[str],
 ) -> Trained:
     """Train on rows in the folder next to `output`, whose lock is held; see `train_on_data`."""
     folder = _work_folder(output)
@@ -140,6 +144,7 @@ def _train_on_rows(
     stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
     shards, existed = Shards(rows, len(rows)), output.exists()
     _check_output(output, stage, shards, training)
+    write_bad_rows(bad_rows, folder)
     record_command(folder, command, experiment.student.model, output, cluster)
     with ProgressBar(f"training of {experiment.student.model}") as bar:
         (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)

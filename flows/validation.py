@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.backends import open_backend
 from flows.influence import MeasurementStages, compute_parts
 from flows.measurement import Inputs, Measurement, opened_inputs
 from montessori_core import programs
@@ -114,12 +115,18 @@ def validate_influence(validation: Validation, out: Path, command: Sequence[str]
         raise ConfigError("--warmup and --warm-state: give one of them; a warm student needs no warm-up")
     bad_rows: list[BadRow] = []
     warmup = read_tasks(validation.warmup, "warmup", True, bad_rows) if validation.warmup else []
+    if warmup:
+        open_backend(measurement.cluster, measurement.cluster.resources.training, None, "training")
+
+    def check(examples: int, reference: int) -> None:
+        check_reference_size(reference, measurement.reference)
+        _check_sizes(validation, examples, "examples")
+
     out = out.resolve()
-    with opened_inputs(measurement, out, bad_rows) as inputs:
-        remove_stale(out, _decides(validation, warmup, inputs), [out / RESULT])
+    with opened_inputs(measurement, out, bad_rows, check) as inputs:
+        results = [out / name for name in (RESULT, PAGE, TRAININGS, PREDICTED)]
+        remove_stale(out, _decides(validation, warmup, inputs), results)
         record_command(out, command, measurement.student.model, out / RESULT, measurement.cluster)
-        check_reference_size(len(inputs.reference), measurement.reference)
-        _check_sizes(validation, len(inputs.rows), "examples")
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))
         values, warnings = _measure_predictors(validation, inputs, out)

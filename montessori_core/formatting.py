@@ -142,12 +142,17 @@ def spread_text(row: dict[str, Any]) -> str:
     return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"
 
 
+def task_name(benchmark: str) -> str:
+    """Return the name of a benchmark without folders: lm-evaluation-harness takes the path of a task's file for a name."""
+    return benchmark.rpartition("/")[2]
+
+
 def benchmark_name(benchmark: str) -> str:
     """Return the displayed name of a benchmark, with the kind of judge prompts if it is judged."""
     name, separator, against = benchmark.partition(" against ")
     judged = name.removesuffix("_published")
     if judged not in JUDGED_BENCHMARKS:
-        return benchmark
+        return task_name(benchmark)
     prompts = "own" if judged == name else "published"
     return f"{JUDGED_BENCHMARKS[judged]} ({prompts} judge prompts){separator}{against}"
 

@@ -289,6 +289,6 @@ MT_BENCH_JUDGE = Program(
     "mt-bench-judge", 2, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, rows.DialogueRow, "judging"
 )
 BENCHMARK_ITEMS = Program(
-    "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, rows.BenchmarkRow, "evaluation"
+    "benchmark-items", 2, f"{_CORE}.evaluation.harness:open_items", NoSettings, rows.BenchmarkRow, "evaluation"
 )
 HARNESS = Program("harness", 2, f"{_CORE}.evaluation.harness:open_harness", Harness, rows.ItemRow, "evaluation")

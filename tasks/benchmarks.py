@@ -49,13 +49,15 @@ class BenchmarkResult:
 def list_items(run: Run) -> Path | None:
     """List the items of the harness's tasks in a table of schema `ITEMS`; return its path, or None without tasks.
 
-    Call it before any other stage, so that an unknown task name fails in the first minute.
+    Call it before any other stage, so that an unknown task name or shots that it cannot have fail in the first minute.
     """
     benchmarks = run.experiment.benchmarks
     if not benchmarks.tasks:
         return None
     step = Step(run, _items(run).with_suffix(""), "benchmarks: items")
-    rows: list[BenchmarkRow] = [{"benchmark": task.name, "limit": task.limit} for task in benchmarks.tasks]
+    rows: list[BenchmarkRow] = [
+        {"benchmark": task.name, "limit": task.limit, "shots": task.shots} for task in benchmarks.tasks
+    ]
     parts = step.execute(programs.BENCHMARK_ITEMS, programs.NoSettings(), rows, files=_task_folder(run))
     return _join("benchmarks: items, table", _items(run), parts, ITEMS)
 

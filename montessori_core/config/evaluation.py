@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Section
 from montessori_core.config.synthesis import Sampling
+from montessori_core.formatting import task_name
 
 
 class Comparison(Section):
@@ -94,9 +95,9 @@ class Benchmarks(Section):
 
     @model_validator(mode="after")
     def _task_names_differ(self) -> "Benchmarks":
-        names = [task.name for task in self.tasks]
+        names = [task_name(task.name) for task in self.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tasks has {twice} twice; remove one")
+            raise ValueError(f"tasks has {twice} twice; remove or rename one")
         return self
 
     @property

@@ -111,10 +111,14 @@ class DialogueRow(TypedDict):
 
 
 class BenchmarkRow(TypedDict):
-    """A task, tag or group of lm-evaluation-harness, and the number of items of each task (None: all)."""
+    """A task, tag or group of lm-evaluation-harness, and how many items of each task are listed (None: all).
+
+    Its `shots`, those of its `ItemRow`s, are only checked.
+    """
 
     benchmark: str
     limit: int | None
+    shots: int | None
 
 
 class ItemRow(TypedDict):

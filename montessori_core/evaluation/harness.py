@@ -43,10 +43,13 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
             records: list[Row] = []
             tasks = _load(manager, row["benchmark"], inputs.get("tasks"))
             _check_metrics(row["benchmark"], tasks)
+            _set_shots(row["benchmark"], tasks, row["shots"])
             for task in tasks.values():
                 for index, item in enumerate(task.eval_docs):
                     if row["limit"] is not None and index >= row["limit"]:
                         break
+                    if index == 0:
+                        _check_demonstrations(task, item)
                     records.append(
                         {
                             "benchmark": row["benchmark"],
@@ -206,11 +209,27 @@ def _set_shots(benchmark: str, tasks: dict[str, Any], shots: int | None) -> None
     if shots and all(default == 0 for default in defaults.values()):
         raise DataError(
             f"benchmarks.tasks: {benchmark!r} has a fixed prompt (num_fewshot: 0 in its file), so that shots: {shots} would "
-            "change nothing; leave shots out"
+            "change nothing; leave shots out, also in the config.yaml of a started run, which then scores the benchmark again"
         )
     for name, task in tasks.items():
         if defaults[name] is None or (shots is not None and defaults[name] != 0):
             task.set_config(key="num_fewshot", value=shots or 0)
+
+
+def _check_demonstrations(task: Any, item: Any) -> None:
+    """Check that an item's prompt can have the demonstrations of its task, before a model is scored on it.
+
+    Raises:
+        DataError: the task has too few of them, or takes none.
+    """
+    if not (shots := task.get_config("num_fewshot")):
+        return
+    try:
+        task.fewshot_context(item, shots)
+    except (AssertionError, ValueError) as error:
+        raise DataError(
+            f"benchmarks.tasks: {task.task_name} cannot have shots: {shots} ({error}); give fewer"
+        ) from error
 
 
 def _draw_by_item(task: Any) -> None:

@@ -19,6 +19,7 @@ from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.published import published_changes
 from montessori_core.export.sets import RunSet
 from montessori_core.files import read_json
+from montessori_core.formatting import task_name
 from montessori_core.models.licences import licence_of
 from montessori_core.synthesis.filtering import funnel
 
@@ -263,7 +264,7 @@ def _source(data: RunSet, name: str, source: DataSource, origin: Origin) -> tupl
 
 def _contamination(data: RunSet) -> str:
     counts = (read_json(data.folder / layout.METRICS) or {}).get("contamination") or []
-    rows = [(c["benchmark"], f"{c['overlapping']} of {c['items']}", c["n"]) for c in counts]
+    rows = [(task_name(c["benchmark"]), f"{c['overlapping']} of {c['items']}", c["n"]) for c in counts]
     if not rows:
         return "Not checked: the run has no numbers for it (`benchmarks.contamination_words`, or an unfinished iteration).\n"
     note = "" if data.name == "training" else "\nThe check was of the iteration's training set, not of these rows.\n"

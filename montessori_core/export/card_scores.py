@@ -16,7 +16,7 @@ from montessori_core.config import dump_yaml
 from montessori_core.data.cards import CARD, LONGEST_CARD, parse_header
 from montessori_core.export.markdown import escape, table
 from montessori_core.files import commit
-from montessori_core.formatting import is_finite
+from montessori_core.formatting import is_finite, task_name
 
 _TAG = "montessori"
 _INDEX = re.compile(r"^model-index:.*\n(?:(?:[ -].*)?\n)*", re.MULTILINE)
@@ -94,7 +94,7 @@ def card_with_scores(card: str, model: str, evaluated: Evaluated) -> str | None:
 def _section(evaluated: Evaluated) -> str:
     rows = [("held-out loss, nats per token", *_number(evaluated.loss), evaluated.examples)]
     rows += [
-        (f"{score['benchmark']}, {score['metric']}", *_number(score), score["examples"])
+        (f"{task_name(score['benchmark'])}, {score['metric']}", *_number(score), score["examples"])
         for score in evaluated.scores
         if score["mean"] is not None
     ]
@@ -133,7 +133,7 @@ def _results(evaluated: Evaluated) -> list[dict[str, Any]]:
     for score in evaluated.scores:
         if score["mean"] is not None:
             metric = {"type": score["metric"], "value": _rounded(score["mean"]), "name": score["metric"]}
-            metrics.setdefault(score["benchmark"], []).append(metric)
+            metrics.setdefault(task_name(score["benchmark"]), []).append(metric)
     return [
         {
             "task": {"type": "text-generation"},

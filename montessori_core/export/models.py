@@ -12,6 +12,7 @@ from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.model_card import model_header, shared_licence, write_card
 from montessori_core.export.published import name_of, public_names
 from montessori_core.files import commit, read_json, refuse_existing
+from montessori_core.formatting import task_name
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.fingerprints import FINGERPRINT, write_fingerprint
 from montessori_core.models.licences import licence_of
@@ -166,7 +167,7 @@ def _scores(metrics: dict[str, Any], role: Role) -> str:
     for score in metrics.get("scores") or []:
         if score["model"] == "student" and score["mean"] is not None:
             error = "" if score["standard_error"] is None else f"{score['standard_error']:.2g}"
-            rows.append((f"{score['benchmark']}, {score['metric']}", f"{score['mean']:.4g}", error))
+            rows.append((f"{task_name(score['benchmark'])}, {score['metric']}", f"{score['mean']:.4g}", error))
     if not rows:
         return ""
     note = (

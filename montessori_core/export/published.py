@@ -14,10 +14,10 @@ from montessori_core.export.hub_models import is_id, models_on_hub
 PRIVATE = {"base_url", "key_variable", "cluster"}
 """Settings that describe a site."""
 PATHS = {
-    *("path", "model", "documents", "chat_template"),
+    *("path", "model", "documents", "chat_template", "name"),
     *("task_folder", "alpaca_eval", "alpaca_eval_difficulty", "mt_bench", "mt_bench_references"),
 }
-"""Settings that hold a path, or the name of a model or data set."""
+"""Settings that hold a path, or the name of a model, data set or benchmark."""
 FREE_FORM = {"settings", "engine_options", "parameters", "chat_template_kwargs"}
 """Mappings whose values may be paths, such as the settings of a custom filter."""
 _PATH = re.compile(r"(?:/|~|\.\.?/).*|[^\s<>]+/[^\s<>]+")  # of a free-form setting

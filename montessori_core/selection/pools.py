@@ -283,12 +283,21 @@ def open_pool(path: Path, examples: DataSource | None = None, form: str | None =
 
 def check_texts(pool: Pool, examples: DataSource | None, form: str | None) -> None:
     """Raise a DataError if a pool with texts of its own gets those of examples, or another form; see `open_pool`."""
-    if isinstance(pool, InfluencePool):
+    if isinstance(pool, InfluencePool) or (form is None and examples is None):
         return
+    refuse_lost_table(pool)
     if form is not None:
         raise DataError(f"{pool.name}: only the texts of an influence table can be written as {form}; leave out --to")
-    if examples is not None:
-        raise DataError(f"{pool.name}: has its own texts; leave out --examples, which is for influence tables")
+    raise DataError(f"{pool.name}: has its own texts; leave out --examples, which is for influence tables")
+
+
+def refuse_lost_table(pool: Pool) -> None:
+    """Raise a DataError if a pool has the columns of an influence table: its metadata is lost, or it is of several tables."""
+    if set(_STORED.values()) <= set(column_names(pool)):
+        raise DataError(
+            f"{pool.name}: has the columns of an influence table, but is not one as montessori influence wrote it; give that "
+            "file, or each of several by its own name (a glob without quotes)"
+        )
 
 
 def _open_pool(path: Path, examples: DataSource | None, form: str | None, name: str | None) -> Pool:

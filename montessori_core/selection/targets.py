@@ -10,7 +10,16 @@ from montessori_core.config import DataSource
 from montessori_core.data.tables import INFLUENCE, name_of_table
 from montessori_core.errors import DataError
 from montessori_core.program import Row
-from montessori_core.selection.pools import InfluencePool, ParquetPool, Pool, check_columns, open_influence, open_pool
+from montessori_core.selection.pools import (
+    FilesPool,
+    InfluencePool,
+    ParquetPool,
+    Pool,
+    check_columns,
+    open_influence,
+    open_pool,
+    refuse_lost_table,
+)
 
 INFLUENCE_COLUMN = "influence"
 """The column of a pool with one score, unless another is named."""
@@ -83,7 +92,9 @@ def open_pools(
     if len(tables) < len(paths):
         raise DataError("several tables have the same file name, which names their column of scores; rename them")
     for path in tables.values():
-        if path.suffix != ".parquet" or name_of_table(ParquetPool(path).schema) != name_of_table(INFLUENCE):
+        table = ParquetPool(path) if path.suffix == ".parquet" else FilesPool(path)
+        if table.schema is None or name_of_table(table.schema) != name_of_table(INFLUENCE):
+            refuse_lost_table(table)
             raise DataError(
                 f"{path}: no table of montessori influence. Only such tables are joined; of other data, give one file "
                 "with a column per target and name these with --by"

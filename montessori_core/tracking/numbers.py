@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from montessori_core.formatting import is_finite
+from montessori_core.formatting import is_finite, task_name
 from montessori_core.program import Row
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, record_problem
 from montessori_core.tracking.trackers import open_tracker
@@ -59,9 +59,9 @@ def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from ((f"{section}/{name}", summary["mean"]) for name, summary in metrics.get(section, {}).items())
     yield from _scores(metrics.get("scores", []))
     for row in metrics.get("contamination", []):
-        yield f"contamination/{row['benchmark']}/{row['n']}_words", row["overlapping"]
+        yield f"contamination/{task_name(row['benchmark'])}/{row['n']}_words", row["overlapping"]
 
 
 def _scores(scores: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     for score in scores:
-        yield f"scores/{score['model']}/{score['benchmark']}/{score['metric']}", score["mean"]
+        yield f"scores/{score['model']}/{task_name(score['benchmark'])}/{score['metric']}", score["mean"]

@@ -103,7 +103,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
     done: list[float] = []
     as_compute(open_items(NoSettings(), {"tasks": tasks}))(
-        [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", done.append
+        [{"benchmark": name, "limit": None, "shots": None} for name in names], folder / "items.parquet", done.append
     )
     assert done == list(range(len(names) + 1))
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
@@ -186,6 +186,29 @@ def test_demonstrations_of_fixed_prompt_are_refused(tasks: Path, tiny_llama: Pat
     with pytest.raises(DataError, match="'own_sums' has a fixed prompt .* shots: 2 would change nothing"):
         as_compute(program)([row], tmp_path / "scores.parquet", print)
     as_compute(program)([row | {"shots": None}], tmp_path / "scores.parquet", print)
+
+
+def test_useless_shots_are_refused_before_training(tasks: Path, tmp_path: Path) -> None:
+    """Items are listed first, scored last."""
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    fixed = (folder / "own_sums.yaml").read_text().replace("num_fewshot: 3", "num_fewshot: 0")
+    (folder / "fixed.yaml").write_text(fixed.replace("own_sums", "own_fixed"))
+    group = {"group": "own_group", "task": ["own_fixed", "own_sums"]}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
+    listing = as_compute(open_items(NoSettings(), {"tasks": folder}))
+    for benchmark, shots, message in (
+        (
+            "own_fixed",
+            2,
+            "'own_fixed' has a fixed prompt .* shots: 2 would change nothing; leave shots out, also .* started",
+        ),
+        ("own_sums", 500, "own_sums cannot have shots: 500 .*; give fewer"),
+    ):
+        with pytest.raises(DataError, match=message):
+            listing([{"benchmark": benchmark, "limit": None, "shots": shots}], tmp_path / "items.parquet", print)
+    allowed = [("own_fixed", 0), ("own_fixed", None), ("own_sums", 2), ("own_group", 2)]
+    rows = [{"benchmark": name, "limit": None, "shots": shots} for name, shots in allowed]
+    listing(rows, tmp_path / "items.parquet", print)
 
 
 def test_chat_prompts_have_text_and_fixed_date(

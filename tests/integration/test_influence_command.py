@@ -360,6 +360,7 @@ def test_other_files_are_not_overwritten(tiny_llama: Path, folder: Path) -> None
 
 
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:
+    (folder / "gpus.yaml").write_text("resources: {influence: {gpus_per_node: 99}}")
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order', 'linear' or 'screened'"),
         (["--estimator", "linear", "--example-weight", "0.5"], "error: --estimator=linear with --example-weight=0.5: "),
@@ -374,6 +375,7 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         (["--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda, cuda:N"),
         (["--device", "cpu", "--cluster", "cluster.yaml"], "--cluster and --device: give one of them"),
         (["--cluster", "absent.yaml"], "absent.yaml"),
+        (["--cluster", str(folder / "gpus.yaml")], "a job needs 99 GPUs, but this machine has"),
         (["--device", "cuda:x"], "--device: 'cuda:x' is not one of auto, cpu, cuda, cuda:N"),
         (["--sequential", "0.1"], "--sequential belongs to --estimator=exact"),
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
@@ -387,3 +389,4 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         assert code == 1
         assert message in " ".join(output.split())
         assert "Traceback" not in output
+        assert not (folder / "influence.parquet.parts").exists()

@@ -197,6 +197,9 @@ def test_training_leaves_out_bad_lines(tiny_llama: Path, tmp_path: Path) -> None
     code, text = invoke("train", str(tiny_llama), source, "--output", str(output), *SETTINGS, cwd=ROOT)
     assert code == 0, text
     assert read_json(output / COUNTS_FILE)["examples"] == 20
+    (tmp_path / "clean.jsonl").write_text("\n".join(lines))
+    code, text = train(tiny_llama, tmp_path / "clean.jsonl", output, "--set", "seed=1")
+    assert (code, "has a student of another training" in text) == (1, True), text
     listed = map(json.loads, (tmp_path / "student.parts" / "bad_rows.jsonl").read_text().splitlines())
     assert [row["reason"] for row in listed] == ["not valid JSON", "no object with named fields"]
     code, text = train(tiny_llama, data, tmp_path / "other")

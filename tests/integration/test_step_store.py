@@ -98,10 +98,11 @@ def test_audit_says_how_good_kept_steps_are(measure: Measuring) -> None:
 
 
 def test_store_of_something_else_is_refused(measure: Measuring, tiny_llama: Path) -> None:
-    """Nothing in it changes."""
+    """Nothing in it changes, and the table of the last command is kept."""
     options = ["--estimator", "first_order", "--store-numbers", "256"]
     assert measure("one", *options)[0] == 0
-    content = {path: path.read_bytes() for path in (measure.folder / "store").glob("*.*")}
+    files = [measure.folder / "one.parquet", *(measure.folder / "store").glob("*.*")]
+    content = {path: path.read_bytes() for path in files}
     for other, difference in (
         (["--learning-rate", "1e-3"], "the steps of learning_rate 0.0001, not 0.001; give another folder"),
         (["--example-weight", "0.5"], "example_weight 0.03125, not 0.5"),
@@ -115,7 +116,7 @@ def test_store_of_something_else_is_refused(measure: Measuring, tiny_llama: Path
     measure.write("data", EXAMPLES[:-1])
     code, output = measure("one", *options)
     assert (code, "the steps of other examples; give another folder" in output) == (1, True), output
-    assert {path: path.read_bytes() for path in (measure.folder / "store").glob("*.*")} == content
+    assert {path: path.read_bytes() for path in content} == content
     code, output = measure("one", *options, store=".")
     assert (code, "the folder holds something else" in output) == (1, True), output
 

@@ -120,6 +120,7 @@ def test_bad_validations_are_refused_before_any_job(tiny_llama: Path, folder: Pa
     (folder / "few.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES[:19])))
     (folder / "seven.jsonl").write_text("\n".join(map(json.dumps, REFERENCE[:7])))
     (folder / "cluster.yaml").write_text("resources: {training: {processes_per_node: 3}}")
+    (folder / "gpus.yaml").write_text("resources: {training: {gpus_per_node: 99}}")
     warmup = ["--warmup", str(folder / "warmup.jsonl")]
     for options, message in (
         (["--examples", str(folder / "few.jsonl")], "19 examples; a validation needs at least 20"),
@@ -140,9 +141,10 @@ def test_bad_validations_are_refused_before_any_job(tiny_llama: Path, folder: Pa
         (["--out", str(folder / "few.jsonl")], "few.jsonl: is a file; name a folder"),
         (["--device", "cpu", "--cluster", str(folder / "cluster.yaml")], "--cluster and --device: give one of them"),
         ([*warmup, "--cluster", str(folder / "cluster.yaml")], "--batch-size 8: must be a multiple of the 3 processes"),
+        ([*warmup, "--cluster", str(folder / "gpus.yaml")], "a job needs 99 GPUs, but this machine has"),
     ):
         code, output = invoke(*arguments(folder, tiny_llama, *options), cwd=ROOT)
         assert code == 1, output
         assert message in " ".join(output.split())
         assert "Traceback" not in output
-        assert not list(folder.glob("validation/*/stage.json"))
+        assert not (folder / "validation").exists()

@@ -19,6 +19,7 @@ from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fingerprints import moments_recipe
 from montessori_core.training.moments import Moments, load_moments, save_moments
 from support.runs import invoke
+from tasks.screening import estimate_influence
 
 
 @pytest.mark.parametrize(
@@ -38,25 +39,31 @@ def test_reference_sets_have_different_names(paths: list[str], names: list[str])
     assert names_of_targets(measurement) == names
 
 
+def _interrupted(*_: Any) -> NoReturn:
+    raise UserError("interrupted")
+
+
+def _write_rows(folder: Path, **files: int) -> None:
+    """Write files of so many rows."""
+    for name, rows in files.items():
+        lines = (json.dumps({"instruction": f"Do {n}.", "output": "Done."}) for n in range(rows))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
 @pytest.mark.parametrize(
     ("command", "result", "measuring"),
     [
         ("influence", "out.parquet", "flows.influence.estimate_influence"),
         ("validate", "out.parquet/validation.json", "flows.validation._measure_predictors"),
+        ("validate", "out.parquet/validation.html", "flows.validation._measure_predictors"),
     ],
 )
 def test_result_of_other_options_is_removed(
     command: str, result: str, measuring: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command that is interrupted leaves no result of other options or data, which would pass for its own."""
-
-    def interrupted(*_: Any) -> NoReturn:
-        raise UserError("interrupted")
-
-    monkeypatch.setattr(measuring, interrupted)
-    rows = [{"instruction": f"Do {n}.", "output": "Done."} for n in range(21)]
-    for name in ("pool", "reference"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(measuring, _interrupted)
+    _write_rows(tmp_path, pool=21, reference=21)
     files = ["--examples", "pool.jsonl", "--reference", "reference.jsonl", "--out", "out.parquet"]
     words = [command, "--student", str(tiny_llama), *files, "--max-length", "64"]
     table = table_from_rows([], schema_with_metadata(dict.fromkeys(NOTES, 0.0)))
@@ -69,18 +76,63 @@ def test_result_of_other_options_is_removed(
         (rate, True, False),
     ):
         if edited:
-            (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))
+            _write_rows(tmp_path, pool=20)
         code, output = invoke(*words, *options, cwd=tmp_path)
         assert (code, "interrupted" in output) == (1, True), output
         assert (tmp_path / result).exists() == kept
         write_table(table, tmp_path / result, INFLUENCE)
 
 
+def test_refused_options_keep_the_result(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.validation._measure_predictors", _interrupted)
+    _write_rows(tmp_path, pool=21, few=9, reference=8, small=7)
+    (tmp_path / "gpus.yaml").write_text("resources: {influence: {gpus_per_node: 99}}")
+    words = ["validate", "--student", str(tiny_llama), "--examples", "pool.jsonl", "--reference", "reference.jsonl"]
+    words += ["--out", "out", "--max-length", "64"]
+    code, output = invoke(*words, cwd=tmp_path)
+    assert (code, "interrupted" in output) == (1, True), output
+    (tmp_path / "out" / "validation.json").touch()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    for options, message in (
+        (["--subset-size", "6000"], "--subset-size 6000"),
+        (["--examples", "few.jsonl"], "9 examples; a validation needs"),
+        (["--reference", "small.jsonl"], "holds 7 examples"),
+        (["--subset-size", "6", "--cluster", "gpus.yaml"], "99 GPUs"),
+    ):
+        code, output = invoke(*words, *options, cwd=tmp_path)
+        assert (code, message in " ".join(output.split())) == (1, True), output
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_measurement_is_finished_with_its_last_table(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several sets, whichever tables an interrupted command finds, removes and writes."""
+    _write_rows(tmp_path, pool=3, a=2, b=2)
+    words = ["influence", "--student", str(tiny_llama), "--examples", "pool.jsonl", "--out", "out.parquet"]
+    words += ["--reference", "a.jsonl", "--reference", "b.jsonl", "--estimator", "first_order", "--max-length", "64"]
+    measured = iter(())
+
+    def measure(*arguments: Any) -> Any:
+        return estimate_influence(*arguments) if next(measured, True) else _interrupted()
+
+    monkeypatch.setattr("flows.influence.estimate_influence", measure)
+    first, last = (tmp_path / f"out-{name}.parquet" for name in "ab")
+    for options, absent in ([], None), (["--learning-rate", "1e-4"], None), (["--learning-rate", "1e-3"], first):
+        if absent:
+            absent.unlink()
+        measured = iter((True, False))  # interrupted after the first table
+        code, output = invoke(*words, *options, cwd=tmp_path)
+        assert (code, "interrupted" in output) == (1, True), output
+        assert (first.exists(), last.exists()) == (True, False)
+        assert "Resume with" in invoke("status", "out.parquet.parts", cwd=tmp_path)[1]
+        assert invoke(*words, *options, cwd=tmp_path)[0] == 0
+        assert "Resume with" not in invoke("status", "out.parquet.parts", cwd=tmp_path)[1]
+
+
 def test_log_names_one_of_several_sets(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "montessori_core.data")
-    for name, rows in (("pool", 3), ("coding", 2), ("maths", 1)):
-        lines = (json.dumps({"instruction": f"Do {n}.", "output": "Done."}) for n in range(rows))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    _write_rows(tmp_path, pool=3, coding=2, maths=1)
     pool, coding, maths = (DataSource(path=str(tmp_path / f"{name}.jsonl")) for name in ("pool", "coding", "maths"))
     student = Student(model=str(tiny_llama), max_length=64)
     for targets, logged in (

@@ -12,12 +12,15 @@ from pydantic.fields import FieldInfo
 from montessori_core.config import DataSource, Experiment, parse_experiment, read_experiment
 from montessori_core.data.origins import Origin, write_origins
 from montessori_core.export.card import data_card, run_card
+from montessori_core.export.card_scores import Evaluated, card_with_scores
 from montessori_core.export.formats import FORMATS
 from montessori_core.export.model_card import student_card
 from montessori_core.export.models import ROLES, model_card
 from montessori_core.export.published import FREE_FORM, PATHS, PRIVATE, name_of, published_changes, published_settings
 from montessori_core.export.sets import open_set
-from montessori_core.files import write_json
+from montessori_core.files import read_json, write_json
+from montessori_core.tracking.numbers import numbers_of
+from montessori_report.run_page import render_published_report
 from support.reports import write_run
 from tasks.students import sft_settings
 
@@ -73,7 +76,12 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
     }
     own = {"name": "rules:Own", "settings": {"list": "acme/words.txt", "lists": ["~/acme/a b"], "in": {"x": "/acme/b"}}}
     filters = [{"name": "words", "words": ["and/or", "~/x", "./he/she"]}, own]
-    benchmarks = {"mt_bench": "acme secret/questions.jsonl", "alpaca_eval": "s3://acme-bucket/tasks.json"}
+    tasks = [{"name": name} for name in ("mmlu", "/acme/x/1.yaml", "~/acme/2.yaml", "./acme/3.yaml", "acme/4.yaml")]
+    benchmarks = {
+        "mt_bench": "acme secret/questions.jsonl",
+        "alpaca_eval": "s3://acme-bucket/tasks.json",
+        "tasks": tasks,
+    }
     run = write_run(tmp_path / "trial", benchmarks=benchmarks, synthesis=texts | {"filters": filters}, **models, **sets)
     write_json({"group/tiny@main": COMMIT}, run / "models.json")
     write_origins({"evaluation": Origin(None, COMMIT), "seed_pool": Origin(None)}, run / "data_sets.json")
@@ -97,6 +105,8 @@ def test_published_settings_shorten_every_path(tmp_path: Path) -> None:
             "in": {"x": "PATH/b"},
         }
         assert settings["evaluation"]["revision"] == "refs/pr/1"
+        names = [task["name"] for task in settings["benchmarks"]["tasks"]]
+        assert names == ["mmlu", *(f"PATH/{number}.yaml" for number in range(1, 5))]
     built_in = experiment.model_copy(update={"reference": DataSource(path="builtin/maths")})
     assert published_settings(run, built_in)["reference"]["path"] == "builtin/maths"
 
@@ -114,7 +124,7 @@ def fields_of(kind: Any, name: str = "", field: FieldInfo | None = None) -> Iter
 
 def test_every_path_and_free_form_setting_is_known() -> None:
     """Their values are shortened before they are published; those of other settings are published as they are."""
-    no_path = {"revision", "subset", "split", "name"}  # described by what they mean for a folder
+    no_path = {"revision", "subset", "split"}  # described by what they mean for a folder
     known = 0
     for section, info in Experiment.model_fields.items():
         for name, field, kind in [] if section in PRIVATE else fields_of(info.annotation, section, info):
@@ -154,12 +164,21 @@ def test_cards_show_folder_by_name_only(tmp_path: Path) -> None:
     }
     run = write_run(tmp_path / "trial", **sections)
     write_json({"group/tiny@main": COMMIT}, run / "models.json")
+    metrics = read_json(run / "iteration-1" / "metrics.json")
+    for row in (*metrics["scores"][:3], *metrics["contamination"]):
+        row["benchmark"] = "/acme/x/task.yaml"
+    write_json(metrics, run / "iteration-1" / "metrics.json")
     data = open_set(run, "training")
     cards = [model_card(run, role, 1, adapter=False) for role in ROLES]
     cards += [data_card(data, FORMATS["trl"], "train.jsonl", 1, 0, 0), run_card([(data, 1)], {}, FORMATS["parquet"])]
     experiment = read_experiment(run / "config.yaml")
     settings = sft_settings(experiment, experiment.training, save_moments=False)
     cards.append(student_card(experiment, DataSource(path="acme/rows"), Origin(None), settings, {}, []))
+    scored = Evaluated("trial", "rows.jsonl", "2026-11-28", 96, {"mean": 1.5, "standard_error": 0.1}, metrics["scores"])
+    cards.append(card_with_scores(cards.pop(), "student", scored) or "")
+    page = render_published_report(run, experiment)
+    assert not [text for text in (page.html, *page.data.values(), *numbers_of(metrics)) if "acme" in text]
+    assert sum("task.yaml, acc" in card.replace("\\", "") for card in cards) == len(ROLES) + 1
     for card in cards:
         assert "acme" not in card
         assert "llama" in card

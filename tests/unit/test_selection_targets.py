@@ -1,11 +1,14 @@
 """`montessori select` for several targets, which take turns."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import csv
 
 from montessori_core.config import DataSource
 from montessori_core.data.tables import INFLUENCE, read_table, write_table
@@ -121,6 +124,31 @@ def test_influence_tables_are_targets(suffix: str, tmp_path: Path) -> None:
     rows = sorted(FilesPool(tmp_path / f"one{suffix}").rows(), key=lambda row: row["rank"])
     assert [row["source"] for row in rows] == ["a", "b", "a", "b"]
     assert [row["influence_maths"] for row in rows] == [38, 37, 36, 35]
+
+
+def test_remedy_for_lost_metadata_is_the_table(tmp_path: Path) -> None:
+    """Without metadata nothing says which examples were measured; a glob of tables reads their rows alone."""
+    write_targets(tmp_path)
+    table = read_table(tmp_path / "maths.parquet", INFLUENCE)
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / "pandas.parquet")
+    csv.write_csv(table, tmp_path / "maths.csv")
+    (tmp_path / "tables").mkdir()
+    for name in ("coding", "maths"):
+        shutil.copy(tmp_path / f"{name}.parquet", tmp_path / "tables")
+    options = ("--k", "4", "--examples", "pool.jsonl", "--output", "best.jsonl")
+    message = "the columns of an influence table, but is not one as montessori influence wrote it; give that file"
+    for pools in (
+        ["pandas.parquet"],
+        ["maths.csv"],
+        ["tables"],
+        ["tables/*.parquet"],
+        ["coding.parquet", "pandas.parquet"],
+    ):
+        for form in ([], ["--to", "messages"]):
+            code, output = invoke("select", *pools, *options, *form, cwd=tmp_path)
+            assert (code, f"{pools[-1]}: has {message}" in " ".join(output.split())) == (1, True), output
+    code, output = invoke("select", "tables/coding.parquet", "tables/maths.parquet", *options, cwd=tmp_path)
+    assert code == 0, output
 
 
 def test_tables_of_other_examples_are_refused(tmp_path: Path) -> None:
