@@ -89,7 +89,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     batch_size = study.experiment.training.batch_size
     if learning := learning_section(teachers, folder, batch_size, study.baseline, colours):
         sections.append(learning)
-    if paper := paper_section(rows, study.experiment.training.examples, [seed["seconds"] for seed in teachers]):
+    if paper := paper_section(study, rows, [seed["seconds"] for seed in teachers]):
         sections.append(paper)
     if similarity := _similarity(folder):
         sections.append(Section("norm-sim", "Similarity to real examples", [Block([similarity])]))

@@ -13,8 +13,10 @@ import plotly.graph_objects as go
 import pytest
 
 from flows.cli.tables import print_comparison
+from flows.methods.llm2llm import LLM2LLM
+from flows.methods.self_reward import SELF_REWARD
 from montessori_core import formatting
-from montessori_core.config import Study
+from montessori_core.config import Endpoint, Study
 from montessori_core.config.section import parse
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.evaluation.scores import score as benchmark_score
@@ -166,6 +168,29 @@ def test_study_page_shows_what_the_teacher_learned(tmp_path: Path) -> None:
     assert "instructions, per example1.50 s0.37 s0.37 s" in text  # of Table 7, mean of two seeds
     result["teachers"] = [seed | {"influence": [], "checkpoints": []} for seed in result["teachers"]]
     assert not [name for name in study_page(study, result, folder).data if name.startswith("learning")]
+
+
+def test_study_page_shows_papers_results_of_same_rounds(tmp_path: Path) -> None:
+    study, result = write_study(tmp_path / "study")
+    result["methods"] += [result["methods"][0] | {"method": name} for name in ("self_reward", "llm2llm")]
+
+    def shown(**changes: object) -> str:
+        changed = study.model_copy(update={"experiment": study.experiment.model_copy(update=changes)})
+        assert LLM2LLM.rounds(changed.experiment) == SELF_REWARD.rounds(changed.experiment) == 2  # as in Section 4
+        return Page(study_page(changed, result, tmp_path / "study").html).text
+
+    text = shown(judge=Endpoint(model="gpt-4o"))
+    assert "Table 1, iteration 154.9258.596.903" in text  # montessori
+    assert "Table 1, iteration 253.4957.326.798" in text  # self_reward
+    assert "Table 1, iteration 252.6355.026.519" in text  # llm2llm
+    assert "Table 6, iteration 22.694.715.428" in shown()  # self_reward without a judge
+    assert "5.842 s" in text
+    text = shown(iterations=2)
+    assert "Table 1, iteration 256.3760.157.163" in text
+    assert "5.842 s" not in text  # of one iteration
+    text = shown(iterations=3)
+    assert "54.92" not in text
+    assert "56.37" not in text
 
 
 @pytest.mark.parametrize("diverged", [METHODS[:1], METHODS], ids=["one method", "all methods"])
