@@ -119,8 +119,8 @@ def _checkpoints(teachers: Sequence[dict[str, Any]], baseline: str) -> Figure:
     return line_figure(
         "Teacher checkpoints: margin and student (Figures 3a, 3b)",
         "Each dot is a student trained on the data of the teacher at one step of its update: to the right, the teacher "
-        f"prefers the chosen instructions more; above the line, the student is better than with {baseline}. In the paper, "
-        "students improve with the margin.",
+        f"prefers the chosen instructions more, in the mean over the steps since the dot before; above the line, the student "
+        f"is better than with {baseline}. In the paper, students improve with the margin.",
         lines,
         "DPO reward margin",
         f"gain over {baseline}, nats per token",
