@@ -136,7 +136,7 @@ def _score_table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
         [row["method"], *(score_text(scores.get(name)) for name in names)]
         for row, scores in zip(rows, scores_by_method, strict=True)
     ]
-    return Table(f"{caption}, means over the seeds ± standard error of a seed over items", ["Method", *names], lines)
+    return Table(f"{caption}, means over the seeds ± standard error over seeds and items", ["Method", *names], lines)
 
 
 def _contamination_table(rows: Sequence[dict[str, Any]]) -> Table:

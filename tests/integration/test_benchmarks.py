@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -371,7 +372,7 @@ def test_seed_scores_are_averaged_in_order() -> None:
     ]
     seeds[0].append(score("c", "acc", 0.5, 1.0, 9))  # that of the other seed was not finite
     first, second = mean_over_seeds(seeds)
-    assert first == score("a", "acc", 0.3, 3.5, 9, unparsed=2)
+    assert first == pytest.approx(score("a", "acc", 0.3, math.sqrt(12.5 + 0.05**2), 9, unparsed=2))
     assert second["mean"] is None
 
 
@@ -380,6 +381,13 @@ def test_seeds_with_equal_answers_share_their_error() -> None:
     seed = [score("a", "acc", 0.25, 0.02, 500)]
     [averaged] = mean_over_seeds([seed] * 5)
     assert averaged["standard_error"] == pytest.approx(0.02)
+
+
+def test_error_over_seeds_has_their_spread() -> None:
+    seeds = [[score("a", "acc", mean, 0.02, 500)] for mean in (0.40, 0.50, 0.60)]
+    [averaged] = mean_over_seeds(seeds)
+    assert averaged["standard_error"] == pytest.approx(math.hypot(0.1 / math.sqrt(3), 0.02))
+    assert mean_over_seeds(seeds[:1])[0]["standard_error"] == pytest.approx(0.02)
 
 
 COPYING = """
