@@ -23,7 +23,7 @@ from montessori_core.config import Cluster, Experiment
 from montessori_core.errors import UserError
 from montessori_core.files import read_json, write_json
 from tasks.approval import WhenUnapproved, needs_approval, require_approval
-from tasks.benchmarks import list_items
+from tasks.benchmarks import list_items, warn_of_references
 from tasks.report import write_report
 from tasks.resume import RUN_ROOT, refuse_command_folder
 from tasks.run import Run, open_run, reopen_run
@@ -138,6 +138,7 @@ def run_iterations(run: Run, when_unapproved: WhenUnapproved, approve: bool = Fa
             require_approval(run)
         check = when_unapproved if needs_approval(run) else None
         list_items(run)
+        warn_of_references(run)
         start_tracking(run.folder, run.experiment)
         previous: Iteration | None = None
         for number in range(1, run.experiment.iterations + 1):

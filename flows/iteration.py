@@ -36,16 +36,18 @@ class Iteration:
 
 
 @flow(flow_run_name="{run.experiment.name}: unmodified teacher", validate_parameters=False)
-def unmodified_teacher(run: Run, probed: ProbingSet) -> StudentEvaluation:
+def unmodified_teacher(run: Run, probed: ProbingSet) -> tuple[StudentEvaluation, list[Row]]:
     """Train a student on as many examples of the unmodified teacher, from the prompts of iteration 1, and evaluate it.
 
+    Also return what the examples share with evaluation data.
     Their influence is measured on the same warm student as that of the updated teacher's examples (Figure 3d).
     """
     step = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher")
     training = write_training_set(step, run.initial_teacher())
     student = train_on_set(step, training.examples)
     measure_training_set(step, probed.student, training.examples)
-    return evaluate(step.at("evaluation"), student)
+    copies = check_contamination(step, training.examples, "unmodified teacher's training set")
+    return evaluate(step.at("evaluation"), student), copies
 
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
@@ -75,6 +77,7 @@ def iteration(
     trained = train_on_set(step, examples, save_moments=continued)
     training_influence = measure_training_set(step, tailored.probed.student, examples)
     evaluated = {"student": evaluate(step.at("evaluation"), trained)}
+    copies = check_contamination(step, examples)
     if previous is not None:
         evaluated |= {
             name: previous.evaluated[name] for name in ("untrained", "unmodified") if name in previous.evaluated
@@ -84,7 +87,8 @@ def iteration(
         untrained = Step(run, run.folder / layout.UNTRAINED, "untrained student")
         evaluated["untrained"] = evaluate(untrained, run.initial_student())
         if experiment.comparison.unmodified_teacher:
-            evaluated["unmodified"] = unmodified_teacher(run, tailored.probed)
+            evaluated["unmodified"], copies_of_unmodified = unmodified_teacher(run, tailored.probed)
+            copies += copies_of_unmodified
     checkpoints = []
     if experiment.comparison.teacher_checkpoints:
         checkpoints = evaluate_checkpoints(run, number, tailored.teacher, evaluated["student"], pool)
@@ -103,7 +107,7 @@ def iteration(
         IterationBenchmarks(
             {name: evaluation.benchmarks.scores for name, evaluation in evaluated.items()},
             _compare_with_others(run, number, evaluated),
-            check_contamination(run, f"{step.label}: copies", step.folder / "contamination.json", examples),
+            copies,
         ),
     )
     return Iteration(tailored.teacher, trained, tailored.training, evaluated)

@@ -28,7 +28,7 @@ from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
 from montessori_core.files import hash_path, read_json
 from montessori_core.formatting import is_finite, task_name
 from montessori_core.program import Row, load
-from tasks.benchmarks import compare_answers, list_items
+from tasks.benchmarks import check_contamination, compare_answers, list_items, warn_of_references
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Model, Run, open_run, take_lock
@@ -233,6 +233,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     # Results of the study's student, then of each transfer student.
     results: list[MethodResults] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
     proposed: dict[str, list[Path]] = {method.name: [] for method in methods}
+    copies: dict[str, list[list[Row]]] = {method.name: [] for method in methods}
     equal = EqualTokens([], {method.name: [] for method in methods if not method.trains_student})
     learned: list[Row] = []
     with only_driver(folder):
@@ -240,6 +241,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
         for seed in seeded:
             for run in (seed.run, *seed.others):
                 list_items(run)
+        warn_of_references(first)
         untrained = evaluate(
             Step(first, folder.resolve() / layout.UNTRAINED, "untrained student"), first.initial_student()
         )
@@ -255,6 +257,9 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     results[0][method.name].append((last.evaluated, cost))
                     track_method(seed.run.folder, seed.run.experiment, method.name, _numbers(last.evaluated, cost))
                     proposed[method.name].append(last.proposal.examples)
+                    if last.evaluated.benchmarks.scores:
+                        step = Step(seed.run, seed.run.method(method.name), method.name)
+                        copies[method.name].append(check_contamination(step, last.proposal.examples))
                     for number, other in enumerate([] if method.trains_student else seed.others, 1):
                         transfer_run = replace(other, stages=[])
                         evaluated = transfer(transfer_run, method, last.proposal)
@@ -270,7 +275,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     equal.limits.append(limit)
                     for name, table in losses.items():
                         equal.results[name].append((table, results[0][name][-1][1]))
-        outcome = StudyOutcome(untrained, results, proposed, equal, learned)
+        outcome = StudyOutcome(untrained, results, proposed, copies, equal, learned)
         write_comparison(study, folder, baseline, outcome)
 
 

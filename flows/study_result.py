@@ -68,6 +68,7 @@ class StudyOutcome:
         untrained: evaluation of the untrained student.
         results: results of the study's student, then of each transfer student.
         proposed: example tables of each method, by seed.
+        copies: what each method's examples share with evaluation data, by seed; empty without benchmarks.
         equal: results at equal response tokens, empty if the study does not ask for them.
         learned: what the teacher of montessori learned, by seed, see `flows.learning.follow_teacher`.
     """
@@ -75,6 +76,7 @@ class StudyOutcome:
     untrained: StudentEvaluation
     results: list[MethodResults]
     proposed: dict[str, list[Path]]
+    copies: dict[str, list[list[Row]]]
     equal: EqualTokens
     learned: list[Row]
 
@@ -83,6 +85,8 @@ class StudyOutcome:
 def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOutcome) -> None:
     """Write `comparison.json` and `comparison.html` of a study; `baseline` is the name of its method."""
     rows, *transfer_rows = (_compare_methods(of_student, baseline) for of_student in outcome.results)
+    for row in rows:
+        row["contamination"] = _sum_over_seeds(outcome.copies[row["method"]])
     kind = _add_kind_shares(rows, study, folder, outcome.proposed)
     equal = {name: seeds for name, seeds in outcome.equal.results.items() if len(seeds) == len(study.seeds)}
     result = {
@@ -104,7 +108,10 @@ def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOu
     }
     write_json(result, folder / RESULT)
     study_page(study, result, folder).write(folder / PAGE)
-    table = [{key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores")} for row in rows]
+    table = [
+        {key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores", "contamination")}
+        for row in rows
+    ]
     create_table_artifact(table, description=f"Comparison of methods: {study.name}")
     link_page(folder / PAGE, f"Comparison of methods: {study.name}")
 
@@ -115,6 +122,14 @@ def _compare_methods(results: MethodResults, baseline: str) -> list[dict[str, An
     for row in rows:
         row["scores"] = mean_over_seeds([evaluated.benchmarks.scores for evaluated, _ in results[row["method"]]])
     return rows
+
+
+def _sum_over_seeds(seeds: list[list[Row]]) -> list[Row]:
+    """Add up the items and the overlapping ones of each benchmark, see `tasks.benchmarks.check_contamination`."""
+    return [
+        rows[0] | {key: sum(row[key] for row in rows) for key in ("items", "overlapping")}
+        for rows in zip(*seeds, strict=True)
+    ]
 
 
 def _add_kind_shares(

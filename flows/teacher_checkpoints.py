@@ -19,6 +19,7 @@ def evaluate_checkpoints(
 ) -> list[Row]:
     """Return the reward margin and the student's losses and scores of each kept teacher, the updated teacher last.
 
+    The margin is the mean over the steps of the update since the checkpoint before.
     All teachers write their training sets from the same prompts, with demonstrations of the same `synthetic_pool`, and all
     students are trained with the same recipe.
 
@@ -29,9 +30,10 @@ def evaluate_checkpoints(
         student: evaluation of its student.
         synthetic_pool: training set of the last iteration.
     """
-    margins = reward_margins(updated)
+    kept = kept_teachers(updated)
+    margins = reward_margins(updated, kept)
     evaluations: dict[int, StudentEvaluation] = {}
-    for update, teacher in kept_teachers(updated).items():
+    for update, teacher in kept.items():
         folder = run.iteration(number) / "checkpoints" / f"step-{update}"
         step = Step(run, folder, f"iteration {number}, step {update}")
         synthesized = write_training_set(step, teacher, number, synthetic_pool)

@@ -157,6 +157,14 @@ def benchmark_name(benchmark: str) -> str:
     return f"{JUDGED_BENCHMARKS[judged]} ({prompts} judge prompts){separator}{against}"
 
 
+def copies_by_benchmark(row: dict[str, Any]) -> dict[str, str]:
+    """Return how many items of each benchmark a method's training sets share, by the benchmark's displayed name."""
+    entries = row.get("contamination", [])
+    names = [JUDGED_BENCHMARKS.get(entry["benchmark"], task_name(entry["benchmark"])) for entry in entries]
+    copies = [f"{entry['overlapping']:,} of {entry['items']:,}" for entry in entries]
+    return dict(zip(names, copies, strict=True))
+
+
 def score_name(benchmark: str, metric: str) -> str:
     """Return the displayed name of a benchmark's score."""
     return f"{benchmark_name(benchmark)}: {metric.replace('_', ' ')}"

@@ -276,7 +276,7 @@ EMBEDDING = Program(
     "embedding", 1, f"{_CORE}.synthesis.embedding:open_embedding", Embedding, rows.TaskRow, "evaluation"
 )
 CODE_RUNS = Program("code-runs", 1, f"{_CORE}.synthesis.sandbox:open_code_runs", CodeRuns, rows.TaskRow, "evaluation")
-JUDGE = Program("judge", 2, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
+JUDGE = Program("judge", 3, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
 PAIRWISE_JUDGE = Program(
     "pairwise-judge",
     2,

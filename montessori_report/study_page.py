@@ -89,7 +89,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     batch_size = study.experiment.training.batch_size
     if learning := learning_section(teachers, folder, batch_size, study.baseline, colours):
         sections.append(learning)
-    if paper := paper_section(rows, study.experiment.training.examples, [seed["seconds"] for seed in teachers]):
+    if paper := paper_section(study, rows, [seed["seconds"] for seed in teachers]):
         sections.append(paper)
     if similarity := _similarity(folder):
         sections.append(Section("norm-sim", "Similarity to real examples", [Block([similarity])]))
@@ -103,7 +103,10 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
 
 
 def _benchmarks(study: Study, result: dict[str, Any]) -> Section | None:
-    """Return the benchmark scores of each student, by method (Tables 1 and 2): means over seeds, see `mean_over_seeds`."""
+    """Return the benchmark scores of each student, by method (Tables 1 and 2), and the items that training sets share.
+
+    The scores are means over seeds, see `mean_over_seeds`.
+    """
     untrained = result.get("untrained_scores")
     first = [{"method": "untrained student", "scores": untrained}] if untrained else []
     tables = [
@@ -111,6 +114,8 @@ def _benchmarks(study: Study, result: dict[str, Any]) -> Section | None:
         for student, rows in _by_student(study, result, first)
         if any(row.get("scores") for row in rows)
     ]
+    if any(row.get("contamination") for row in result["methods"]):
+        tables.append(_contamination_table(result["methods"]))
     return Section("benchmarks", "Benchmarks", [Block([], tables)]) if tables else None
 
 
@@ -131,7 +136,22 @@ def _score_table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
         [row["method"], *(score_text(scores.get(name)) for name in names)]
         for row, scores in zip(rows, scores_by_method, strict=True)
     ]
-    return Table(f"{caption}, means over the seeds ± standard error of a seed over items", ["Method", *names], lines)
+    return Table(f"{caption}, means over the seeds ± standard error over seeds and items", ["Method", *names], lines)
+
+
+def _contamination_table(rows: Sequence[dict[str, Any]]) -> Table:
+    copies = {row["method"]: formatting.copies_by_benchmark(row) for row in rows}
+    names = list(dict.fromkeys(name for of_method in copies.values() for name in of_method))
+    words = next(entry["n"] for row in rows for entry in row.get("contamination", []))
+    return Table(
+        f"Items that share {words} consecutive words with a method's training sets, over all seeds; scores on them are less "
+        "reliable",
+        ["Method", *names],
+        [
+            [method, *(of_method.get(name, formatting.UNKNOWN) for name in names)]
+            for method, of_method in copies.items()
+        ],
+    )
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
 from montessori_core.config import Sampling
-from montessori_core.data.contamination import overlapping
+from montessori_core.data.contamination import TRAINING_SET, overlapping
 from montessori_core.data.rows import BenchmarkRow, GenerationRow
 from montessori_core.data.tables import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.evaluation import alpaca_eval
@@ -94,9 +94,28 @@ def compare_answers(step: Step, answers: Path, others: Path) -> alpaca_eval.WinR
     return alpaca_eval.summarize(read_table(table, PAIRWISE), difficulties)
 
 
-def check_contamination(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
-    """Count the items of each evaluation set and benchmark that overlap the training data."""
-    return _find_copies(run, label, path, examples) if run.experiment.benchmarks.contamination_words else []
+def check_contamination(step: Step, examples: Path, data: str = TRAINING_SET) -> list[Row]:
+    """Count the items of each evaluation set and benchmark that overlap the training examples, which are named `data`."""
+    return _find_copies(step, examples, data) if step.experiment.benchmarks.contamination_words else []
+
+
+def warn_of_references(run: Run) -> None:
+    """Warn of items of the harness's tasks that the reference set has. Call `list_items` first.
+
+    `tasks.benchmark_files.overlap_warnings` is for benchmarks whose files are there when a run is opened.
+    """
+    benchmarks, words = run.experiment.benchmarks, run.experiment.benchmarks.contamination_words
+    if not benchmarks.tasks or not words:
+        return
+    references = [f"{task.request}\n{task.response}" for task in run.sources().reference]
+    for name, items in _items_of_tasks(run).items():
+        if count := _count_copies(items, references, words):
+            warn(
+                "benchmarks: items",
+                f"{count} of {len(items)} items of {name} of benchmarks.tasks share {words} words in a row with reference "
+                "examples: influence is measured on what students are tested on, so scores of this benchmark say nothing "
+                "about other tasks",
+            )
 
 
 def _items(run: Run) -> Path:
@@ -217,8 +236,7 @@ def _items_by_benchmark(run: Run) -> dict[str, list[tuple[str, str]]]:
     benchmarks = run.experiment.benchmarks
     items = {"held-out": [("", f"{task.request}\n{task.response}") for task in run.sources().evaluation]}
     if benchmarks.tasks:
-        for row in read_table(_items(run), ITEMS, ["benchmark", "task", "text"]).to_pylist():
-            items.setdefault(row["benchmark"], []).append((row["task"], row["text"]))
+        items |= _items_of_tasks(run)
     if benchmarks.alpaca_eval is not None:
         outputs = alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))
         items["alpaca_eval"] = [("", output.instruction) for output in outputs]
@@ -227,23 +245,36 @@ def _items_by_benchmark(run: Run) -> dict[str, list[tuple[str, str]]]:
     return items
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
-    words = run.experiment.benchmarks.contamination_words
+def _items_of_tasks(run: Run) -> dict[str, list[tuple[str, str]]]:
+    """Return the task and the text of each item of the harness's tasks, by the name of their benchmark."""
+    items: dict[str, list[tuple[str, str]]] = {}
+    for row in read_table(_items(run), ITEMS, ["benchmark", "task", "text"]).to_pylist():
+        items.setdefault(row["benchmark"], []).append((row["task"], row["text"]))
+    return items
+
+
+def _count_copies(items: Sequence[tuple[str, str]], data: list[str], words: int) -> int:
+    """Return the number of items, each a task and a text, that share `words` consecutive words with a text of the data."""
+    return sum(overlapping([text for _, text in items], data, words, [task for task, _ in items]))
+
+
+@task(task_run_name="{step.label}: copies", cache_policy=NO_CACHE, persist_result=False)
+def _find_copies(step: Step, examples: Path, data: str) -> list[Row]:
+    words = step.experiment.benchmarks.contamination_words
     rows = read_table(examples, EXAMPLES, ["instruction", "response"]).to_pylist()
-    data = [f"{row['instruction']}\n{row['response']}" for row in rows]
+    texts = [f"{row['instruction']}\n{row['response']}" for row in rows]
     counts: list[Row] = [
         {
             "benchmark": name,
-            "data": "training set",
+            "data": data,
             "items": len(items),
-            "overlapping": sum(overlapping([text for _, text in items], data, words, [task for task, _ in items])),
+            "overlapping": _count_copies(items, texts, words),
             "n": words,
         }
-        for name, items in _items_by_benchmark(run).items()
+        for name, items in _items_by_benchmark(step.run).items()
     ]
-    write_json(counts, path)
-    create_table_artifact(counts, description=label)
+    write_json(counts, step.folder / "contamination.json")
+    create_table_artifact(counts, description=f"{step.label}: copies")
     return counts
 
 

@@ -39,7 +39,7 @@ class IterationBenchmarks:
     Attributes:
         scores: benchmark scores by model.
         head_to_head: comparisons of the student with other models.
-        contamination: overlap of the training data with the evaluation set and benchmarks.
+        contamination: overlap of each training set with the evaluation set and benchmarks.
     """
 
     scores: dict[str, list[Row]]

@@ -1,7 +1,10 @@
 """Preference pairs and the teacher update (Section 3.3)."""
 
 import json
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -127,10 +130,18 @@ def kept_teachers(updated: Model) -> dict[int, Model]:
     return {int(folder.name.removeprefix("step-")): Model.of(folder) for folder in folders}
 
 
-def reward_margins(updated: Model) -> dict[int, float]:
-    """Return DPO's reward margin at each logged optimizer step of an update."""
+def reward_margins(updated: Model, checkpoints: Iterable[int]) -> dict[int, float]:
+    """Return DPO's reward margin at checkpoints and the last step of an update, by optimizer step (Section 5.2).
+
+    A step has the margin of its batch, two pairs in Table 4. It is averaged over the steps since the checkpoint before.
+    """
     log = json.loads((Path(updated.path) / layout.LOG_FILE).read_text())
-    return {int(entry["step"]): entry["rewards/margins"] for entry in log if "rewards/margins" in entry}
+    margins = {int(entry["step"]): float(entry["rewards/margins"]) for entry in log if "rewards/margins" in entry}
+    ends = sorted({*checkpoints, max(margins)})
+    return {
+        end: fmean(margin for step, margin in margins.items() if start < step <= end)
+        for start, end in pairwise([0, *ends])
+    }
 
 
 def _publish(label: str, pairs: pa.Table, baseline: str) -> None:

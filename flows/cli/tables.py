@@ -19,6 +19,7 @@ from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.files import read_json
 from montessori_core.formatting import (
+    copies_by_benchmark,
     duration,
     gain_text,
     interval_text,
@@ -198,6 +199,7 @@ def print_comparison(folder: Path) -> None:
     _print_scores("benchmarks: means over the seeds", [untrained, *result["methods"]])
     for other in result["transfer"]:
         _print_scores(f"benchmarks, transfer to {other['student']}", other["methods"])
+    _print_copies(result["methods"])
     if objection := (result.get("kind_classifier") or {}).get("objection"):
         console.print(f"the share of instructions of the target kind is not shown: {objection}", soft_wrap=True)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
@@ -216,6 +218,19 @@ def _print_scores(title: str, rows: "Sequence[dict[str, Any]]") -> None:
     table = Table("benchmark", *scores, title=title, title_justify="left")
     for name in dict.fromkeys(name for of_method in scores.values() for name in of_method):
         table.add_row(name, *(score_text(of_method.get(name)) for of_method in scores.values()))
+    console.print(table)
+
+
+def _print_copies(rows: "Sequence[dict[str, Any]]") -> None:
+    """Print how many items of each benchmark the training sets of each method share."""
+    copies = {row["method"]: of_method for row in rows if (of_method := copies_by_benchmark(row))}
+    if not copies:
+        return
+    table = Table(
+        "benchmark", *copies, title="items that the training sets share, over all seeds", title_justify="left"
+    )
+    for name in next(iter(copies.values())):
+        table.add_row(name, *(of_method[name] for of_method in copies.values()))
     console.print(table)
 
 

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from montessori_core.data.words import words
 
+TRAINING_SET = "training set"
+"""What the rows `contamination` of `metrics.json` call the updated teacher's training set in `data`."""
+
 _FIXED_ITEMS = 3  # at least, in a small task
 
 

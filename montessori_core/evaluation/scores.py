@@ -1,6 +1,7 @@
 """One format for the scores of all benchmarks: mean, standard error, and number of items."""
 
 import math
+from statistics import fmean, variance
 
 import numpy as np
 import pyarrow as pa
@@ -85,10 +86,11 @@ def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
 
 
 def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
-    """Average the scores of runs that differ only in their seed, and their standard errors.
+    """Average the scores of runs that differ only in their seed; the standard error is over seeds and items.
 
-    All seeds answer the same items, so more seeds are not more items: the standard error over items of the mean is at most
-    the mean of the seeds' errors, and equals it if all seeds give the same answers.
+    Its square is the sum of two variances of the mean: over seeds, that of the seeds' means; over items, the mean of the
+    seeds' squared errors, since all seeds answer the same items, so that more seeds are not more items. Chance that differs
+    from seed to seed and item to item is in both, so that the sum is an upper bound.
 
     Unparsed judgements are counted over all seeds. A score that a seed lacks, because it was not finite, is left out.
 
@@ -101,10 +103,21 @@ def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
         if not all(name in scores for scores in named):
             continue
         scores = [scores[name] for scores in named]
-        columns = {key: [row[key] for row in scores] for key in ("mean", "standard_error")}
-        means = {key: None if None in values else sum(values) / len(values) for key, values in columns.items()}
-        averages.append(scores[0] | means | {"unparsed": sum(row["unparsed"] for row in scores)})
+        means, errors = ([row[key] for row in scores] for key in ("mean", "standard_error"))
+        averages.append(
+            scores[0]
+            | {
+                "mean": None if None in means else fmean(means),
+                "standard_error": None if None in means + errors else _error_over_seeds(means, errors),
+                "unparsed": sum(row["unparsed"] for row in scores),
+            }
+        )
     return averages
+
+
+def _error_over_seeds(means: list[float], errors: list[float]) -> float:
+    over_seeds = variance(means) / len(means) if len(means) > 1 else 0.0
+    return math.sqrt(over_seeds + fmean(error**2 for error in errors))
 
 
 def _finite(value: float | None) -> float | None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from montessori_core import layout
 from montessori_core.config import DataSource, GroundedStrategy, dump_yaml
+from montessori_core.data.contamination import TRAINING_SET
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.origins import Origin, read_origins
 from montessori_core.data.tables import INSTRUCTIONS, read_table
@@ -264,7 +265,11 @@ def _source(data: RunSet, name: str, source: DataSource, origin: Origin) -> tupl
 
 def _contamination(data: RunSet) -> str:
     counts = (read_json(data.folder / layout.METRICS) or {}).get("contamination") or []
-    rows = [(task_name(c["benchmark"]), f"{c['overlapping']} of {c['items']}", c["n"]) for c in counts]
+    rows = [
+        (task_name(count["benchmark"]), f"{count['overlapping']} of {count['items']}", count["n"])
+        for count in counts
+        if count["data"] == TRAINING_SET
+    ]
     if not rows:
         return "Not checked: the run has no numbers for it (`benchmarks.contamination_words`, or an unfinished iteration).\n"
     note = "" if data.name == "training" else "\nThe check was of the iteration's training set, not of these rows.\n"

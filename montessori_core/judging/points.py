@@ -18,7 +18,7 @@ _SCORE = re.compile(
     r"(?:\s*(?:/|out\s+of)\s*(?P<highest>[0-9]{1,3}))?(?P<close>\]{0,2})(?:[\s*_`]*points?)?[\s*_`.]*$",
     re.IGNORECASE | re.ASCII,
 )
-_ABOUT_THE_INSTRUCTION = ("The instruction is clear, complete and worth learning from.",)
+_ABOUT_THE_INSTRUCTION = ("The instruction is of medium difficulty: it takes thought and analysis.",)
 _ABOUT_THE_RESPONSE = (
     "The response is on the instruction's topic and says something that bears on it.",
     "The response covers most of what was asked, though parts may be missing.",

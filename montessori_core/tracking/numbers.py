@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from montessori_core.data.contamination import TRAINING_SET
 from montessori_core.formatting import is_finite, task_name
 from montessori_core.program import Row
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, record_problem
@@ -59,7 +60,8 @@ def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from ((f"{section}/{name}", summary["mean"]) for name, summary in metrics.get(section, {}).items())
     yield from _scores(metrics.get("scores", []))
     for row in metrics.get("contamination", []):
-        yield f"contamination/{task_name(row['benchmark'])}/{row['n']}_words", row["overlapping"]
+        if row["data"] == TRAINING_SET:
+            yield f"contamination/{task_name(row['benchmark'])}/{row['n']}_words", row["overlapping"]
 
 
 def _scores(scores: Sequence[Row]) -> Iterator[tuple[str, Any]]:

@@ -183,25 +183,29 @@ def _batches(run: RunData) -> Figure | None:
         return None
     return line_figure(
         "Share of positive influence per training batch (Figure 3d)",
-        f"The share of helpful examples among each {count(size)} examples of the training set, in the order the teacher "
-        "wrote them. The updated teacher's line should be above the unmodified one's. Influence is measured on the warm "
-        "student; training uses another order of batches.",
+        f"The share of examples that lower the student's reference loss, whatever the threshold, among each {count(size)} "
+        "examples of the training set, in the order the teacher wrote them. The updated teacher's line should be above the "
+        "unmodified one's. Influence is measured on the warm student; training uses another order of batches.",
         lines,
         "batch",
-        "share that helps",
+        "share of positive influence",
         limits=(-0.02, 1.02),
     )
 
 
 def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
-    """Return the share of measured examples above the threshold by batch number, from 1; empty batches are omitted."""
+    """Return the share of measured examples of positive influence by batch number, from 1; empty batches are omitted.
+
+    It is positive if the step lowers the student's reference loss, as in Section 5.2: the threshold of the preference pairs
+    may be the median of the probing set, above which half of the unmodified teacher's examples are.
+    """
     values, statuses = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
     shares = {}
     for start in range(0, len(values), size):
         batch = slice(start, start + size)
         measured = [value for value, status in zip(values[batch], statuses[batch], strict=True) if status == "ok"]
         if measured:
-            shares[start // size + 1] = sum(value > part.threshold for value in measured) / len(measured)
+            shares[start // size + 1] = sum(value > 0.0 for value in measured) / len(measured)
     return shares
 
 

@@ -80,13 +80,14 @@ def _batches(measured: Mapping[str, Sequence[InfluenceData]], size: int, colours
         means = [float(np.mean(shares[batch])) for batch in sorted(shares)]
         lines.append(Line(method, sorted(shares), means, colours.get(method, GREY)))
     return line_figure(
-        "Share of helpful examples per training batch (Figure 3d)",
-        f"Among each {count(size)} examples of the training set, in the order in which they were written; means over the "
-        "seeds. Influence is measured on the warm student; in the paper, on the student in training. There, the updated "
-        "teacher's share stays above the unmodified one's, and both fall.",
+        "Share of positive influence per training batch (Figure 3d)",
+        f"The share of examples that lower the student's reference loss, whatever the threshold, among each {count(size)} "
+        "examples of the training set, in the order in which they were written; means over the seeds. Influence is measured "
+        "on the warm student; in the paper, on the student in training. There, the updated teacher's share stays above the "
+        "unmodified one's, and both fall.",
         lines,
         "batch",
-        "share that helps",
+        "share of positive influence",
         limits=(-0.02, 1.02),
     )
 
@@ -119,8 +120,8 @@ def _checkpoints(teachers: Sequence[dict[str, Any]], baseline: str) -> Figure:
     return line_figure(
         "Teacher checkpoints: margin and student (Figures 3a, 3b)",
         "Each dot is a student trained on the data of the teacher at one step of its update: to the right, the teacher "
-        f"prefers the chosen instructions more; above the line, the student is better than with {baseline}. In the paper, "
-        "students improve with the margin.",
+        f"prefers the chosen instructions more, in the mean over the steps since the dot before; above the line, the student "
+        f"is better than with {baseline}. In the paper, students improve with the margin.",
         lines,
         "DPO reward margin",
         f"gain over {baseline}, nats per token",

@@ -166,8 +166,9 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
     return [
         Figure(
             "Teacher checkpoints: margin and student (Figures 3a, 3b)",
-            "Top: how strongly the teacher at each step prefers the chosen instructions. Bottom: held-out loss of a student "
-            "trained on that teacher's data, with its 95 % interval. As the margin rises, the loss should fall.",
+            "Top: how strongly the teacher prefers the chosen instructions, in the mean over the steps since the checkpoint "
+            "before. Bottom: held-out loss of a student trained on its data, with its 95 % interval. As the margin "
+            "rises, the loss should fall.",
             over_steps,
             columns,
             rows,

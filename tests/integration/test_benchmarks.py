@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -394,7 +395,7 @@ def test_seed_scores_are_averaged_in_order() -> None:
     ]
     seeds[0].append(score("c", "acc", 0.5, 1.0, 9))  # that of the other seed was not finite
     first, second = mean_over_seeds(seeds)
-    assert first == score("a", "acc", 0.3, 3.5, 9, unparsed=2)
+    assert first == pytest.approx(score("a", "acc", 0.3, math.sqrt(12.5 + 0.05**2), 9, unparsed=2))
     assert second["mean"] is None
 
 
@@ -405,11 +406,41 @@ def test_seeds_with_equal_answers_share_their_error() -> None:
     assert averaged["standard_error"] == pytest.approx(0.02)
 
 
+def test_error_over_seeds_has_their_spread() -> None:
+    seeds = [[score("a", "acc", mean, 0.02, 500)] for mean in (0.40, 0.50, 0.60)]
+    [averaged] = mean_over_seeds(seeds)
+    assert averaged["standard_error"] == pytest.approx(math.hypot(0.1 / math.sqrt(3), 0.02))
+    assert mean_over_seeds(seeds[:1])[0]["standard_error"] == pytest.approx(0.02)
+
+
+COPYING = """
+from flows.methods.method import Method, Proposal
+from montessori_core.data.tables import EXAMPLES, table_from_rows, write_table
+
+def propose(now):
+    row = {"prompt_id": "p", "prompt": "p", "raw_output": "r", "response_finished": True}
+    row |= {"instruction": "So the capital of France is what?", "response": "Paris."}
+    now.step.folder.mkdir(parents=True, exist_ok=True)
+    path = now.step.folder / "examples.parquet"
+    write_table(table_from_rows([row | {"example_id": str(n)} for n in range(6)], EXAMPLES), path, EXAMPLES)
+    return Proposal(path, now.run.initial_teacher())
+
+COPYING = Method("copying", "Writes a question of a benchmark.", propose)
+"""
+
+
 @pytest.mark.slow
 def test_study_shows_scores_of_every_student(tasks: Path, talking_llama: Path, tmp_path: Path) -> None:
     experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
-    experiment["benchmarks"] = {"task_folder": str(tasks), "tasks": [{"name": "own_capitals"}]}
-    content = {"experiment": experiment, "methods": ["self_instruct"], "seeds": [0]}
+    experiment["benchmarks"] = {
+        "task_folder": str(tasks),
+        "tasks": [{"name": "own_capitals"}],
+        "contamination_words": 4,
+    }
+    (tmp_path / "reference.jsonl").write_text('{"instruction": "What is the capital of France?", "output": "Paris."}\n')
+    experiment["reference"] = {"path": str(tmp_path / "reference.jsonl"), "limit": 1}
+    (tmp_path / "copying.py").write_text(COPYING)
+    content = {"experiment": experiment, "methods": ["self_instruct", "copying:COPYING"], "seeds": [0]}
     content["transfer"] = [experiment["student"], experiment["student"] | {"max_length": 512}]
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     code, output = call("compare", "study.yaml", cwd=tmp_path, **environment_of(tmp_path))
@@ -421,7 +452,18 @@ def test_study_shows_scores_of_every_student(tasks: Path, talking_llama: Path, t
     labels = [other["student"] for other in result["transfer"]]
     assert labels == [f"{model} (max_length: {length}, transfer.0)", f"{model} (max_length: 512)"]
     assert output.count("own_capitals: acc") == 3
-    assert Page((tmp_path / "runs" / "study" / "comparison.html").read_text()).text.count("Benchmarks of ") == 3
+    assert "1 of 2 items of own_capitals of benchmarks.tasks share 4 words in a row with reference examples" in output
+    copies = {
+        row["method"]: [(entry["benchmark"], entry["overlapping"], entry["items"]) for entry in row["contamination"]]
+        for row in result["methods"]
+    }
+    assert copies == {
+        name: [("held-out", 0, 4), ("own_capitals", n, 2)] for n, name in enumerate(("self_instruct", "copying"))
+    }
+    assert re.search(r"own_capitals\s+│ 0 of 2\s+│ 1 of 2", output)
+    text = Page((tmp_path / "runs" / "study" / "comparison.html").read_text()).text
+    assert text.count("Benchmarks of ") == 3
+    assert "self_instruct0 of 40 of 2\ncopying0 of 41 of 2" in text
 
 
 @pytest.mark.slow

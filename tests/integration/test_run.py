@@ -252,8 +252,9 @@ def test_added_benchmarks_compute_nothing_else(undisturbed: Path, tmp_path: Path
     (pair,) = metrics["head_to_head"]
     assert (pair["model"], pair["against"]) == ("student", "unmodified")
     assert pair["wins"] + pair["ties"] + pair["losses"] == len(QUESTIONS)
-    sets = {(one["benchmark"], one["items"]) for one in metrics["contamination"]}
-    assert sets == {("held-out", 4), ("alpaca_eval", 5)}
+    sets = [(one["data"], one["benchmark"], one["items"]) for one in metrics["contamination"]]
+    data = ("training set", "unmodified teacher's training set")
+    assert sets == [(name, *benchmark) for name in data for benchmark in (("held-out", 4), ("alpaca_eval", 5))]
 
 
 def test_prefect_has_artifact_of_every_stage(undisturbed: Path) -> None:

@@ -305,7 +305,7 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
             table = Path(f"seed-{seed}", "methods", method, "training-influence.parquet")
             (folder / table).parent.mkdir(parents=True)
             write_influence(folder / table, f"{method}-{seed}", 40, -2e-4 * number)
-            influence.append({"method": method, "table": str(table), "threshold": 0.0})
+            influence.append({"method": method, "table": str(table), "threshold": -4e-4})
         checkpoints = [
             {"step": 8 * n, "margin": 0.3 * n, "held_out_loss": 2.6 - 0.1 * n, "standard_error": 0.02, "gain": 0.1 * n}
             for n in (1, 2)

@@ -306,4 +306,6 @@ def test_missing_judge_score_is_null(server: JudgeServer, tmp_path: Path) -> Non
         None,
         None,
     ]  # out of five points
-    assert ["The instruction is clear" in question for question in server.asked] == [True] * 3 + [False] * 3
+    assert ["The instruction is of medium difficulty" in question for question in server.asked] == [True] * 3 + [
+        False
+    ] * 3

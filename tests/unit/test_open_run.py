@@ -89,9 +89,10 @@ def test_open_run_warns_of_contaminated_references(words: int, warned: bool, tin
 @pytest.mark.parametrize("name", ["paper-1b", "paper-8b"])
 def test_paper_presets_use_unseen_alpaca_examples(name: str) -> None:
     experiment = read_experiment(CONFIGS / f"{name}.yaml")
-    seeds, reference = experiment.seed_pool, experiment.reference
+    seeds, reference, evaluation = experiment.seed_pool, experiment.reference, experiment.evaluation
     assert (reference.path, reference.split, reference.limit) == ("vicgalle/alpaca-gpt4", "train", 256)
-    assert (seeds.path, seeds.split, seeds.limit) == ("vicgalle/alpaca-gpt4", "train[256:]", None)
+    assert (evaluation.path, evaluation.split) == ("vicgalle/alpaca-gpt4", "train[256:512]")
+    assert (seeds.path, seeds.split, seeds.limit) == ("vicgalle/alpaca-gpt4", "train[512:]", None)
 
 
 @pytest.mark.parametrize(

@@ -268,15 +268,17 @@ def test_exported_data_equals_tables(run: Path) -> None:
     assert sum(int(row["examples"]) for row in lengths) == 40
 
 
-def test_batches_count_helpful_examples_in_training_order(run: Path) -> None:
+def test_batches_count_positive_influence_in_training_order(run: Path) -> None:
     table = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)
-    values = table["influence_student"].to_pylist()  # the last was not measured
-    part = InfluenceData("set", table, threshold=sorted(values[:-1])[20])
-    shares = positive_shares(part, 16)
+    measured = table["influence_student"].to_pylist()[:-1]  # the last was not
+    values = [*(value - sorted(measured)[20] for value in measured), None]
+    position = table.column_names.index("influence_student")
+    table = table.set_column(position, "influence_student", pa.array(values, pa.float64()))
+    shares = positive_shares(InfluenceData("set", table, threshold=values[0]), 16)
     assert list(shares) == [1, 2, 3]
     sizes = (16, 16, 7)
     assert sum(share * size for share, size in zip(shares.values(), sizes, strict=True)) == pytest.approx(18)
-    assert shares[1] == sum(value > part.threshold for value in values[:16]) / 16
+    assert shares[1] == sum(value > 0 for value in values[:16]) / 16
 
 
 def test_report_takes_response_length_out_of_influence(run: Path, tmp_path: Path) -> None:
@@ -413,7 +415,11 @@ def test_verdict_follows_paired_gain(run: Path, tmp_path: Path, gain: float, err
 
 @pytest.mark.parametrize(
     ("gain", "headline"),
-    [(0.02, "Better than unmodified, worse than untrained."), (0.0, "Within noise."), (-0.02, "Worse student in this run.")],
+    [
+        (0.02, "Better than unmodified, worse than untrained."),
+        (0.0, "Within noise."),
+        (-0.02, "Worse student in this run."),
+    ],
 )
 def test_verdict_reports_harmful_training(run: Path, tmp_path: Path, gain: float, headline: str) -> None:
     folder = shutil.copytree(run, tmp_path / "run")

@@ -105,7 +105,10 @@ METRICS: dict[str, Any] = {
     "held_out_loss": {"student": {"mean": 2.5, "standard_error": 0.1}},
     "held_out_gain": {"student_over_previous": {"mean": 0.25, "standard_error": 0.1}},
     "scores": [{"model": "student", "benchmark": "arc", "metric": "acc", "mean": 0.5, "standard_error": None}],
-    "contamination": [{"benchmark": "evaluation set", "n": 8, "items": 10, "overlapping": 0}],
+    "contamination": [
+        {"benchmark": "evaluation set", "data": data, "n": 8, "items": 10, "overlapping": overlapping}
+        for data, overlapping in (("training set", 0), ("unmodified teacher's training set", 2))
+    ],
 }
 
 
