@@ -15,8 +15,8 @@ THRESHOLDS = {
 }
 
 _ONE_RUN = (
-    " The error is over the evaluation examples. Another seed may give the opposite result: two sets by one teacher may differ "
-    "as much, so compare several seeds (montessori compare)."
+    " The error is over the evaluation examples. Another seed may give the opposite result: two sets by one teacher may "
+    "differ as much, so compare several seeds (montessori compare)."
 )
 
 
