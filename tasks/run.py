@@ -50,7 +50,7 @@ from tasks.benchmark_files import (
 )
 from tasks.changed_settings import changed_settings, first_stage
 from tasks.gpu_check import idle_gpus, memory_warnings
-from tasks.resume import run_root_option
+from tasks.resume import is_opened, refuse_other_files, run_root_option
 
 _PASSAGES = "passages"
 
@@ -186,10 +186,12 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         UserError: a check failed; the message names the problem and a remedy.
     """
     # The configuration is written last: without it, copies may be of an unfinished opening.
-    opened_before = (folder / layout.CONFIG).exists()
+    opened_before = is_opened(folder)
     with ExitStack() as lock:
         if opened_before:
             take_lock(folder, lock)
+        else:
+            refuse_other_files(folder)
         run, warnings = _check_and_write(experiment, folder, opened_before, lock)
     if not run.finished:
         open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
