@@ -132,6 +132,7 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     Raises:
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
+    experiment.cluster.resources.refuse_idle_processes(() if experiment.asks_api else ("judging",))
     commits, config = _check_folder(experiment, folder), folder / layout.CONFIG
     run, bad_rows, origins = Run(folder.resolve(), experiment), list[BadRow](), dict[str, Origin]()
     examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins)

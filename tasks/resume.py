@@ -120,9 +120,11 @@ def is_opened(folder: Path) -> bool:
 
 
 def _has_records(folder: Path) -> bool:
-    """Return whether a folder has a file that the opening of a run alone writes; earlier releases wrote no `opened`."""
-    provenance = read_json(folder / layout.PROVENANCE)
-    return (folder / layout.OPENED).exists() or (isinstance(provenance, dict) and "teacher_sha256" in provenance)
+    """Return whether a folder has a file that the opening of a run alone writes."""
+    if (folder / layout.OPENED).exists():
+        return True
+    provenance = read_json(folder / layout.PROVENANCE)  # earlier releases wrote no `opened`
+    return isinstance(provenance, dict) and "teacher_sha256" in provenance
 
 
 def refuse_other_files(folder: Path) -> None:
