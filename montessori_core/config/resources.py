@@ -105,7 +105,7 @@ class StageResources(Section):
         return self
 
     def refuse_idle_processes(self, unused: Collection[str] = ()) -> None:
-        """Refuse jobs of which one process computes the rows, and others hold GPUs and wait.
+        """Refuse jobs with several processes: one computes the rows, the others hold GPUs and wait.
 
         Before jobs are submitted, not when a configuration is read: folders of earlier versions have such settings.
 
