@@ -70,7 +70,11 @@ def check_cluster(cluster: Cluster, folder: Path, patience: float) -> Iterator[F
         cluster: configuration to check.
         folder: folder on the file system of the runs; a scratch folder is created and removed there.
         patience: seconds that a test job may take, including its time in the queue.
+
+    Raises:
+        ConfigError: jobs would have idle processes.
     """
+    cluster.resources.refuse_idle_processes()
     if cluster.profile == "slurm":
         findings = list(_check_slurm(cluster))
         yield from findings

@@ -45,7 +45,7 @@ from tasks.changed_settings import differences_of_method
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
 from tasks.gpu_check import idle_gpus
-from tasks.resume import STUDY, command_of, command_to_evaluate, record_command, refusal_of_changes
+from tasks.resume import STUDY, command_of, command_to_evaluate, record_command, refusal_of_changes, refuse_other_files
 from tasks.run import Model, Run, check_environment, revision_name
 from tasks.stage import Step
 from tasks.students import check_student, open_student
@@ -132,6 +132,7 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     Raises:
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
+    experiment.cluster.resources.refuse_idle_processes(() if experiment.asks_api else ("judging",))
     commits, config = _check_folder(experiment, folder), folder / layout.CONFIG
     run, bad_rows, origins = Run(folder.resolve(), experiment), list[BadRow](), dict[str, Origin]()
     examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins)
@@ -169,6 +170,8 @@ def _check_folder(experiment: Experiment, folder: Path) -> dict[str, str]:
     config, command = folder / layout.CONFIG, command_of(folder)
     if command is None and (config.exists() or (folder / STUDY).exists()):
         raise UserError(f"{folder} holds a run or a study; give the evaluation another --name")
+    if command is None:
+        refuse_other_files(folder)
     if command is None or not config.exists():
         return {}
     changed = differences_of_method(read_experiment(config), experiment)

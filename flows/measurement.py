@@ -158,6 +158,7 @@ def opened_inputs(
         UserError: a file or the model is invalid, or jobs cannot be started here; the message names it. Or another process
             measures in the folder.
     """
+    measurement.cluster.resources.refuse_idle_processes(unused=("generation", "evaluation", "judging"))
     is_run = (folder / CONFIG).exists()
     ours = (folder / DRIVER_LOCK).exists() or command_of(folder) is not None  # a user may have removed the lock
     if folder.exists() and (is_run or not ours) and any(folder.iterdir()):

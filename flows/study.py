@@ -30,7 +30,7 @@ from montessori_core.formatting import is_finite, task_name
 from montessori_core.program import Row, load
 from tasks.benchmarks import check_contamination, compare_answers, list_items, warn_of_references
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
-from tasks.resume import STUDY, command_to_compare, refuse_command_folder
+from tasks.resume import STUDY, command_to_compare, refuse_command_folder, run_root_option, seeds_of
 from tasks.run import Model, Run, open_run, take_lock
 from tasks.stage import Step, warn
 from tasks.students import train_on_set, train_student
@@ -75,6 +75,11 @@ def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
     refuse_command_folder(folder)
     with ExitStack() as lock:
         if (folder / STUDY).exists():
+            if not (folder / layout.DRIVER_LOCK).exists() and not seeds_of(folder):
+                raise UserError(
+                    f"{folder}: its {STUDY} is not that of a study that has begun, and is not overwritten: choose another "
+                    f"name or {run_root_option()}"
+                )
             # Its driver holds the lock of one run at a time, so that a run may seem to have no driver.
             take_lock(folder, lock)
         seeded, warnings = _open_seeds(study, folder)

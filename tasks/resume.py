@@ -5,6 +5,7 @@ The commands evaluate, train, influence and validate record themselves in their 
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -113,10 +114,47 @@ def refuse_command_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds {command.kind}, not a run; resume it with: {command}")
 
 
+def is_opened(folder: Path) -> bool:
+    """Return whether a folder holds a run that was opened; a user's project may have a config.yaml and sources/, too."""
+    return (folder / layout.CONFIG).exists() and _has_records(folder)
+
+
+def _has_records(folder: Path) -> bool:
+    """Return whether a folder has a file that the opening of a run alone writes."""
+    if (folder / layout.OPENED).exists():
+        return True
+    provenance = read_json(folder / layout.PROVENANCE)  # earlier releases wrote no `opened`
+    return isinstance(provenance, dict) and "teacher_sha256" in provenance
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise a UserError if a new run or evaluation would overwrite files in its folder, such as those of a project."""
+    interrupted = (folder / layout.DRIVER_LOCK).exists() or _has_records(folder)
+    written = (layout.SOURCES, layout.MODELS, layout.MODEL_COMMITS, layout.ORIGINS, layout.PROVENANCE)
+    for name in (layout.CONFIG, *(() if interrupted else written)):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder}: its {name} is not that of a run, and is not overwritten: choose another name or "
+                f"{run_root_option()}"
+            )
+
+
+def seeds_of(study: Path) -> list[Path]:
+    """Return the folders of the seeds of a study that have been opened; none of a study that has not begun."""
+    return list(filter(is_opened, sorted(study.glob("seed-*"))))
+
+
 def study_of(folder: Path) -> Path | None:
-    """Return the folder of the study of a seed, of another student of a seed, or of the study itself; None for other runs."""
+    """Return the folder of the study of a seed, of another student of a seed, or of the study itself; None for other runs.
+
+    A study's file may be beside runs that are no seeds.
+    """
     folder = folder.resolve()
-    return next((place for place in (folder, *folder.parents[:2]) if (place / STUDY).exists()), None)
+    for place in (folder, *folder.parents[:2]):
+        seed = (*folder.relative_to(place).parts, "")[0]
+        if (place / STUDY).exists() and (place == folder or re.fullmatch(r"seed-\d+", seed)):
+            return place
+    return None
 
 
 def command_to_compare(study: Path) -> list[str]:

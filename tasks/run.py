@@ -15,6 +15,7 @@ from montessori_core.config import (
     CodeRunsFilter,
     Experiment,
     GroundedStrategy,
+    Influence,
     SemanticFilter,
     Student,
     Teacher,
@@ -50,7 +51,7 @@ from tasks.benchmark_files import (
 )
 from tasks.changed_settings import changed_settings, first_stage
 from tasks.gpu_check import idle_gpus, memory_warnings
-from tasks.resume import run_root_option
+from tasks.resume import is_opened, refuse_other_files, run_root_option
 
 _PASSAGES = "passages"
 
@@ -186,10 +187,12 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         UserError: a check failed; the message names the problem and a remedy.
     """
     # The configuration is written last: without it, copies may be of an unfinished opening.
-    opened_before = (folder / layout.CONFIG).exists()
+    opened_before = is_opened(folder)
     with ExitStack() as lock:
         if opened_before:
             take_lock(folder, lock)
+        else:
+            refuse_other_files(folder)
         run, warnings = _check_and_write(experiment, folder, opened_before, lock)
     if not run.finished:
         open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
@@ -202,12 +205,13 @@ def _check_and_write(
     """Check a run, then write its folder; a new run is locked in between, so that a failed check leaves no folder."""
     config, copies, opened = folder / layout.CONFIG, folder / layout.SOURCES, folder / layout.OPENED
     changed: list[str] = []
+    influence_before: Influence | None = None
     benchmarks, benchmarks_copied = experiment.benchmarks, dict[str, Path]()
     benchmarks_before = benchmarks
     if opened_before:
         before = read_experiment(opened if opened.exists() else config)  # runs of earlier releases have no `opened`
         changed = changed_settings(before, experiment, config)
-        benchmarks_before = before.benchmarks
+        influence_before, benchmarks_before = before.influence, before.benchmarks
         benchmarks_copied = current_copies(benchmarks, benchmarks_before, copies)
     run = Run(folder, experiment)
     copied = opened_before and all(run.source_file(name).exists() for name in Sources.__annotations__)
@@ -224,9 +228,15 @@ def _check_and_write(
         warnings.append("\n  ".join([f"changed settings: {kept}:", *changed]))
     questions = check_benchmarks(benchmarks, benchmarks_copied)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
+    if experiment.influence != influence_before:
+        experiment.influence.refuse_small_audit()
     check_environment(experiment)
-    if experiment.cluster.profile == "slurm" and not run.finished:
-        warnings += check_jobs(experiment.cluster, [] if experiment.asks_api else ["judging"])
+    finished = run.finished and not changed and benchmarks == benchmarks_before
+    unused = () if experiment.asks_api else ("judging",)
+    if not finished:
+        experiment.cluster.resources.refuse_idle_processes(unused)
+    if experiment.cluster.profile == "slurm" and not finished:
+        warnings += check_jobs(experiment.cluster, unused)
     warnings += idle_gpus(experiment.cluster)
     recorded = read_json(folder / layout.MODEL_COMMITS) or {}
     teacher, student = (
@@ -234,7 +244,7 @@ def _check_and_write(
         for section in (experiment.teacher, experiment.student)
     )
     commits, templates = _check_models(experiment, teacher, student, recorded)
-    if not run.finished:
+    if not finished:
         warnings += memory_warnings(experiment, teacher, student)
     if not opened_before:
         take_lock(folder, lock)

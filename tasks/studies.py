@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.status import stages_of
 from montessori_core import layout
-from montessori_core.config import Cluster, Experiment, Student, Teacher, read_study
+from montessori_core.config import Cluster, Experiment, Student, Teacher, parse, read_study
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from tasks.resume import STUDY, command_of, study_of
@@ -23,7 +23,7 @@ def reopen(folder: Path) -> Run:
         UserError: the folder is none of these.
     """
     if (command := command_of(folder)) is not None:
-        cluster = Cluster.model_validate(command.cluster)
+        cluster = parse(Cluster, command.cluster, f"{folder}: the cluster of its command.json")
         teacher, student = Teacher(model=command.model), Student(model=command.model)
         experiment = Experiment(teacher=teacher, student=student)  # a folder's name need not be valid for a run
         return Run(folder.resolve(), experiment.model_copy(update={"name": folder.resolve().name, "cluster": cluster}))

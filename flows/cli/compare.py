@@ -7,9 +7,9 @@ import typer
 
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
-from flows.cli.options import ClusterFile, on_cluster, warn
+from flows.cli.options import ClusterFile, on_cluster, warn, with_paths_from
 from flows.cli.tables import print_comparison
-from tasks.resume import STUDY, command_to_compare, enter_directory
+from tasks.resume import STUDY, command_to_compare, enter_directory, seeds_of
 
 
 def compare(
@@ -19,8 +19,8 @@ def compare(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change one field, e.g. experiment.training.examples=100. Relative paths are read from the directory in "
-            "which the study was started.",
+            help="Change one field, e.g. experiment.training.examples=100. Relative paths are read from the current "
+            "directory.",
         ),
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
@@ -33,11 +33,13 @@ def compare(
     from montessori_core.config import read_study
     from montessori_core.presets import find_configuration
 
-    seeds = sorted(study.resolve().parent.glob("seed-*")) if study.name == STUDY else []
+    seeds = seeds_of(study.resolve().parent) if study.name == STUDY else []
     if seeds:  # a study that has begun
         study, run_root = study.resolve(), run_root.resolve()
         cluster = cluster and find_configuration(cluster, "clusters").resolve()
+        here = Path.cwd()
         enter_directory(seeds[0])
+        set_ = with_paths_from(here, set_ or [])
     settings = read_study(study, tuple(set_ or []))
     experiment = on_cluster(settings.experiment, cluster, study, set_ or ())
     settings = settings.model_copy(update={"experiment": experiment})

@@ -1,5 +1,7 @@
 """Options and checks that several commands share."""
 
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +67,11 @@ TEMPLATE_OPTIONS = {
 }
 """See `names_options`."""
 
+_PATH = re.compile(
+    r"(?:.*\.)?(?:(?P<file>benchmarks\.(?:task_folder|alpaca_eval(?:_difficulty)?|mt_bench(?:_references)?))"
+    r"|transfer\.(?:model|chat_template)|(?:generation_)?python)"
+)
+"""Settings that may change in a run or a study that has begun: a `file`, or a file or a name."""
 _FIELD = re.compile(r"(?<![\w./-])(?P<section>[a-z_]+)\.(?P<field>[a-z_]+(?:\.[a-z_]+)*)(?P<value>: \w+)?")
 
 
@@ -117,6 +124,29 @@ def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overr
     _refuse_cluster_settings(overrides, cluster)
     content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
     return parse_experiment(content, f"{config} with {cluster}")
+
+
+def with_paths_from(directory: Path, overrides: Sequence[str]) -> list[str]:
+    """Return overrides with absolute paths in place of those relative to a directory, which the command has left."""
+    return list(overrides) if directory.samefile(".") else [_with_paths_from(directory, text) for text in overrides]
+
+
+def _with_paths_from(directory: Path, override: str) -> str:
+    key, separator, text = override.partition("=")
+    value = parse_yaml(text, f"--set {override}") if separator else None
+    absolute = _absolute(directory, key.strip(), value)
+    return override if absolute == value else f"{key}={json.dumps(absolute, ensure_ascii=False)}"
+
+
+def _absolute(directory: Path, key: str, value: Any) -> Any:
+    """Return the value of a field with absolute paths, also in sections and lists."""
+    if isinstance(value, dict):
+        return {name: _absolute(directory, f"{key}.{name}", entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_absolute(directory, key, entry) for entry in value]
+    match = _PATH.fullmatch(key) if isinstance(value, str) else None
+    path = directory / os.path.expanduser(value) if match else directory
+    return str(path) if match and (match["file"] or path.exists()) else value
 
 
 def read_content(

@@ -11,12 +11,23 @@ from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
-from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_cluster, stage_folder, warn
+from flows.cli.options import (
+    ClusterFile,
+    Overrides,
+    RunFolder,
+    StageName,
+    on_cluster,
+    stage_folder,
+    warn,
+    with_paths_from,
+)
 from flows.cli.tables import print_estimate, print_summary
 from montessori_core import layout
-from montessori_core.config import Experiment, read_experiment
+from montessori_core.config import read_experiment, read_yaml
+from montessori_core.config.yaml import apply_overrides
 from montessori_core.errors import UserError
-from tasks.resume import STUDY, enter_directory, refuse_command_folder, resume_command, study_of
+from montessori_core.presets import find_configuration
+from tasks.resume import STUDY, enter_directory, is_opened, refuse_command_folder, resume_command, study_of
 from tasks.run import Run, open_run, reopen_run
 
 
@@ -33,14 +44,21 @@ def run(
 ) -> None:
     """Run an experiment. An existing run of the same name is resumed; finished work is not repeated.
 
-    RUN_DIR/config.yaml continues the run in RUN_DIR with changed settings (--set), unless --run-root or --name is given.
+    RUN_DIR/config.yaml continues the run in RUN_DIR with changed settings (--set), unless --name or another --run-root is
+    given. Relative paths in --set are read from the current directory.
     """
     # Quote the name: it may look like a date or a number.
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
+    begun = continued_run(config, run_root, name, tuple(overrides))
+    if begun is not None:
+        config, cluster = begun / layout.CONFIG, cluster and find_configuration(cluster, "clusters").resolve()
+        here = Path.cwd()
+        enter_directory(begun)
+        overrides = with_paths_from(here, overrides)
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config, overrides)
     if as_job:
         check_driver_job(experiment)
-    folder = folder_of(experiment, config, run_root)
+    folder = begun or (run_root or Path("runs")) / experiment.name
     refuse_other_work(folder.resolve())
     opened, warnings = open_run(experiment, folder)
     warn(warnings)
@@ -53,14 +71,16 @@ def run(
     drive_run(opened, as_job)
 
 
-def folder_of(experiment: Experiment, config: Path, run_root: Path | None) -> Path:
-    """Return the folder of a run; if it is the one that holds its configuration, go to the directory where it was started."""
-    begun = config.name == layout.CONFIG and (config.parent / layout.SOURCES).is_dir()
-    own = config.resolve().parent  # it may have been copied or renamed
-    if begun and run_root in (None, config.parent.parent) and experiment.name == read_experiment(config).name:
-        enter_directory(own)
-        return own
-    return (run_root or Path("runs")) / experiment.name
+def continued_run(config: Path, run_root: Path | None, name: str | None, overrides: tuple[str, ...]) -> Path | None:
+    """Return the folder of the run that holds a configuration if these options continue it; None: they name another run."""
+    folder = config.parent.resolve()  # it may have been copied or renamed
+    if config.name != layout.CONFIG or name is not None or not is_opened(folder):
+        return None
+    same_root = run_root is None or run_root.resolve() == folder.parent
+    content = read_yaml(config)
+    recorded = content.get("name")
+    apply_overrides(content, overrides)
+    return folder if same_root and content.get("name") == recorded else None
 
 
 def resume(

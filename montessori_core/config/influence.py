@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Probability, Section
+from montessori_core.errors import ConfigError
 
 LARGEST_LINEAR_WEIGHT = 1 / 32
 """Example weight up to which AdamW's step is nearly linear; at 1/8, Spearman with exact is 0.90 (docs/numerics.md)."""
@@ -44,17 +45,6 @@ class Screening(Section):
         0.9,
         description="If a smaller share of the audit's signs agree after correction, measure every example exactly.",
     )
-
-    @model_validator(mode="after")
-    def _audit_tells_the_error(self) -> "Screening":
-        half = math.ceil(self.audit_examples / 2)
-        if conformal_rank(half, self.error_rate) > half:
-            raise ValueError(
-                f"audit_examples: {self.audit_examples} are too few to tell an error that a share of {self.error_rate:g} "
-                f"exceeds (error_rate), so that every example would be measured exactly; set at least "
-                f"{2 * math.ceil(1 / self.error_rate - 1)}, or estimator: exact"
-            )
-        return self
 
 
 class Sequential(Section):
@@ -153,6 +143,23 @@ class Influence(Section):
                 "influence.estimator=exact, or leave out influence.sequential"
             )
         return self
+
+    def refuse_small_audit(self) -> None:
+        """Refuse an audit after which every example would be measured exactly.
+
+        When a measurement begins, not when a configuration is read: folders of earlier versions have such settings.
+
+        Raises:
+            ConfigError: the estimator is screened, and its audit too small for its error rate.
+        """
+        audit, rate = self.screening.audit_examples, self.screening.error_rate
+        half = math.ceil(audit / 2)
+        if self.estimator == "screened" and conformal_rank(half, rate) > half:
+            raise ConfigError(
+                f"influence.screening.audit_examples: {audit} are too few to tell an error that a share of {rate:g} exceeds "
+                "(influence.screening.error_rate), so that every example would be measured exactly; set at least "
+                f"{2 * math.ceil(1 / rate - 1)}, or influence.estimator: exact"
+            )
 
 
 Baseline = Literal["student", "null_step", "median", "prompt"]

@@ -1,8 +1,13 @@
 """Resources of jobs, by stage."""
 
+from collections.abc import Collection
+
 from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Minutes, Section
+from montessori_core.errors import ConfigError
+
+_TRAININGS = ("training", "teacher_update")
 
 
 class Resources(Section):
@@ -89,19 +94,8 @@ class StageResources(Section):
     )
 
     @model_validator(mode="after")
-    def _rows_have_one_process(self) -> "StageResources":
-        for stage in ("generation", "influence", "evaluation", "judging"):
-            resources: Resources = getattr(self, stage)
-            if resources.nodes * resources.processes_per_node > 1:
-                raise ValueError(
-                    f"{stage}: {resources.nodes} nodes with {resources.processes_per_node} processes each, but one process "
-                    f"computes the rows of a job; set both to 1, and {stage}.parallel_jobs to the number of jobs"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _training_processes_have_gpus(self) -> "StageResources":
-        for stage in ("training", "teacher_update"):
+        for stage in _TRAININGS:
             resources: Resources = getattr(self, stage)
             if resources.processes_per_node > resources.gpus_per_node > 0:
                 raise ValueError(
@@ -109,3 +103,23 @@ class StageResources(Section):
                     f"({resources.gpus_per_node}), but each process of a training has a GPU; set both to the same number"
                 )
         return self
+
+    def refuse_idle_processes(self, unused: Collection[str] = ()) -> None:
+        """Refuse jobs with several processes: one computes the rows, the others hold GPUs and wait.
+
+        Before jobs are submitted, not when a configuration is read: folders of earlier versions have such settings.
+
+        Args:
+            unused: stages without jobs.
+
+        Raises:
+            ConfigError: a stage has such jobs; names it.
+        """
+        for stage, resources in self:
+            if stage in (*_TRAININGS, *unused) or resources.nodes * resources.processes_per_node == 1:
+                continue
+            raise ConfigError(
+                f"cluster.resources.{stage}: nodes is {resources.nodes} and processes_per_node "
+                f"{resources.processes_per_node}, but one process computes the rows of a job; set both to 1, and "
+                "parallel_jobs to the number of jobs"
+            )

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from cluster.backends.slurm import gpu_options
-from montessori_core.config import Cluster, Resources, Slurm, parse, parse_experiment, parse_yaml, read_yaml
+from montessori_core.config import (
+    Cluster,
+    Resources,
+    Slurm,
+    StageResources,
+    parse,
+    parse_experiment,
+    parse_yaml,
+    read_yaml,
+)
 from montessori_core.config.slurm import JobOptions
 from montessori_core.errors import ConfigError
 from support import CONFIGS, ROOT
@@ -81,9 +90,13 @@ def test_training_without_gpu_for_each_process_is_refused(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["generation", "influence", "evaluation", "judging"])
 def test_idle_processes_are_refused(stage: str) -> None:
     """One process computes the rows of a job; others would hold GPUs and wait."""
-    for resources in ({"processes_per_node": 8, "gpus_per_node": 8}, {"nodes": 2}):
-        with pytest.raises(ConfigError, match=rf"{stage}: . nodes with . processes each.* {stage}.parallel_jobs"):
-            parse(Cluster, {"resources": {stage: resources}}, "test")
+    for change in ({"processes_per_node": 8, "gpus_per_node": 8}, {"nodes": 2}):
+        resources = StageResources.model_validate({stage: change})
+        with pytest.raises(
+            ConfigError, match=rf"resources.{stage}: nodes is . and processes_per_node ., but one process computes"
+        ):
+            resources.refuse_idle_processes()
+        resources.refuse_idle_processes(unused=[stage])
 
 
 GPUS, MEMORY = {"training": {"gpus_per_node": 4}}, {"training": {"memory_gb": 8}}

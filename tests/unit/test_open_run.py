@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from cluster.lock import only_driver
-from flows.cli.run import folder_of
 from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
@@ -248,7 +247,8 @@ def test_refusal_of_changed_settings_names_the_remedy(
         for n in (64, 65)
     )
     (tmp_path / place).mkdir(exist_ok=True)
-    write_yaml(before, tmp_path / place / "config.yaml")
+    for file in ("config.yaml", "opened.yaml"):
+        write_yaml(before, tmp_path / place / file)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"(?s){remedy}") as refusal:
@@ -449,25 +449,6 @@ def test_set_beside_cluster_file_is_refused(words: list[str], tmp_path: Path) ->
     assert code == 1, output
     refusal = f"--set {setting}: --cluster cluster.yaml replaces the section cluster; set it in that file"
     assert refusal in " ".join(output.split())
-
-
-def test_configuration_of_a_run_continues_it(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the run was copied, which keeps its name in the configuration, and wherever the command is started."""
-    warnings_of(tmp_path, tiny_llama)
-    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "copy")
-    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "config.yaml")
-    config = tmp_path / "elsewhere" / "copy" / "config.yaml"
-    experiment = read_experiment(config, ("preferences.max_pairs=3",))
-    renamed = read_experiment(config, ("name=another",))
-    for root, opened, file, expected in (
-        (None, experiment, config, config.parent),
-        (Path("elsewhere"), experiment, config.relative_to(tmp_path), config.parent),
-        (None, renamed, config, Path("runs/another")),
-        (Path("other"), experiment, config, Path("other") / experiment.name),
-        (None, experiment, tmp_path / "config.yaml", Path("runs") / experiment.name),
-    ):
-        monkeypatch.chdir(tmp_path)  # continuing a run enters the directory where it was started
-        assert folder_of(opened, file, root) == expected
 
 
 def test_benchmark_that_cannot_be_copied_replaces_no_copy(

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from pydantic import ValidationError
 
 from flows.validation import MeasuredStages
 from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.data.rows import Positions
 from montessori_core.data.tables import table_from_rows
+from montessori_core.errors import ConfigError
 from montessori_core.influence.preferences import pair_by_influence
 from montessori_core.influence.screening import (
     Agreement,
@@ -330,13 +330,14 @@ def test_interval_is_clopper_pearsons() -> None:
 )
 def test_audit_too_small_for_its_error_rate_is_refused(examples: int, rate: float, enough: bool) -> None:
     """Every example would be in doubt, and measured exactly."""
-    settings = {"audit_examples": examples, "error_rate": rate}
+    settings = Influence.model_validate({"screening": {"audit_examples": examples, "error_rate": rate}})
+    assert math.isfinite(conformal_width(np.zeros(-(-examples // 2)), rate)) == enough
     if enough:
-        Screening.model_validate(settings)
-        assert math.isfinite(conformal_width(np.zeros(-(-examples // 2)), rate))
+        settings.refuse_small_audit()
         return
-    assert math.isinf(conformal_width(np.zeros(-(-examples // 2)), rate))
-    with pytest.raises(ValidationError, match="too few to tell an error") as refusal:
-        Screening.model_validate(settings)
+    with pytest.raises(ConfigError, match="too few to tell an error") as refusal:
+        settings.refuse_small_audit()
     needed = int(re.findall(r"set at least (\d+)", str(refusal.value))[0])
-    Screening.model_validate(settings | {"audit_examples": needed})
+    screening = settings.screening.model_copy(update={"audit_examples": needed})
+    settings.model_copy(update={"screening": screening}).refuse_small_audit()
+    settings.model_copy(update={"estimator": "first_order"}).refuse_small_audit()
