@@ -21,9 +21,6 @@ from support.killed_jobs import jobs_of
 from support.prefect_server import Server, free_port, prefect_server, wait_until
 from support.runs import await_job, call, digests
 
-pytestmark = pytest.mark.timeout(900)
-IMPATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "1"}
-"""Prefect's client tries again once, not for a minute."""
 EXECUTE = """
 import os, runpy
 from prefect.client.orchestration import get_client
@@ -50,29 +47,17 @@ def served(folder: Path, api: str, finished_run: Path, run: str) -> Iterator[Ser
         server.process.wait(60)
 
 
-def question(server: Server, run: str) -> dict[str, Any] | None:
-    """Return the subflow of a flow run that waits for an answer."""
-    flows = [server.ask(f"flow_runs/{flow}") for flow in server.subflows(run)]
-    return next((flow for flow in flows if flow["state"]["type"] == "PAUSED"), None)
+def await_question(server: Server, run: str, after: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Wait until a subflow of a flow run waits for an answer, to another question than `after`; return the subflow."""
 
+    def asked() -> list[dict[str, Any]]:
+        flows = [server.ask(f"flow_runs/{flow}") for flow in server.subflows(run)]
+        before = after and after["state"]["id"]
+        return [flow for flow in flows if flow["state"]["type"] == "PAUSED" and flow["state"]["id"] != before]
 
-def await_question(server: Server, run: str) -> dict[str, Any]:
-    wait_until(lambda: question(server, run), 120, lambda: server.logs(run)[-3000:])
-    asked = question(server, run)
-    assert asked is not None
-    return asked
-
-
-def start_program(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start a program as the driver of runs in a folder."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MONTESSORI_RUN_ROOT": str(folder / "runs")} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    wait_until(asked, 120, lambda: server.logs(run)[-3000:])
+    [flow] = asked()
+    return flow
 
 
 def answer(server: Server, asked: dict[str, Any], update: bool) -> None:
@@ -95,17 +80,14 @@ def test_retry_asks_for_approval_again(finished_run: Path, tmp_path: Path) -> No
         server.wait_for(run, "Crashed")
         assert server.state(first["id"]) == "Paused"
         server.set_state(run, "SCHEDULED")
-        wait_until(lambda: server.state(run) == "Running" or approved.exists())
-        wait_until(lambda: server.state(first["id"]) != "Paused" or approved.exists())
-        again = await_question(server, run)
+        again = await_question(server, run, after=first)
         assert not approved.exists()
         empty = server.ask(f"flow_runs/{again['id']}/resume", {"run_input": {}})
         assert empty["status"] == "REJECT", empty
         answer(server, again, update=False)
         server.wait_for(run, "Failed")
         server.set_state(run, "SCHEDULED")
-        wait_until(lambda: server.state(run) == "Running")
-        last = await_question(server, run)
+        last = await_question(server, run, after=again)
         assert not approved.exists()
         answer(server, last, update=True)
         server.wait_for(run, "Completed")
@@ -116,8 +98,7 @@ def test_retry_asks_for_approval_again(finished_run: Path, tmp_path: Path) -> No
 @pytest.mark.guarantee("Prefect server away while a run waits for approval")
 def test_question_outlives_its_server(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither `montessori up` nor the driver gives up, although Prefect's client does."""
-    for name, value in IMPATIENT.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "1")  # seconds, not a minute
     folder, port = tmp_path.resolve(), free_port()
     home = shutil.copytree(finished_run / "prefect", folder / "server")
     with ExitStack() as stack:
@@ -164,8 +145,20 @@ def test_run_of_limited_deployment_outlives_its_server(finished_run: Path, tmp_p
             assert code == 0, output
             deployment = httpx.get(f"{api}/deployments/name/montessori/limited").json()["id"]
             flow_run = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={}).json()["id"]
-            driver = start_program(
-                EXECUTE, folder, **client, PREFECT__FLOW_RUN_ID=flow_run, PREFECT_LOGGING_LEVEL="INFO"
+            driver = subprocess.Popen(
+                [sys.executable, "-c", EXECUTE],
+                env=os.environ
+                | client
+                | {
+                    "PYTHONPATH": str(ROOT),
+                    "MONTESSORI_RUN_ROOT": str(folder / "runs"),
+                    "PREFECT__FLOW_RUN_ID": flow_run,
+                    "PREFECT_LOGGING_LEVEL": "INFO",
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
             stack.callback(driver.kill)
             await_job(driver, evaluation)
