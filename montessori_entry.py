@@ -36,7 +36,8 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Return a flow; import it when it is used, since commands do not need Prefect."""
+    """Return a flow that Prefect executes; import it when it is used, since commands do not need Prefect."""
     if name not in FLOWS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("flows.outages").continue_without_slot()
     return getattr(import_module(FLOWS[name]), name)

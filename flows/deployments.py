@@ -20,6 +20,7 @@ import psutil
 from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
+from flows.outages import poll_without_limit
 from flows.prefect_api import RETRY_SERVER_ERRORS, check_api, check_proxies
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deployments, read_deployments
 from montessori_core.errors import UserError
@@ -123,11 +124,16 @@ def warn_of_job_variables(deployments: list[dict[str, Any]], console: Console) -
 
 
 def _serve(deployments: list[dict[str, Any]]) -> None:
-    """Serve until SIGINT or SIGTERM, then end the running flow runs, which end their jobs."""
+    """Serve until SIGINT or SIGTERM, then end the running flow runs, which end their jobs.
+
+    Raises:
+        UserError: Prefect's runner fails.
+    """
     from prefect.runner import Runner
 
-    # Keep schedules active: the next `up` continues them.
-    runner = Runner(pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
+    poll_without_limit()
+    # Drivers only wait, so that there may be many. Keep schedules active: the next `up` continues them.
+    runner = Runner(limit=None, pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
     _register(deployments, None, runner.add_deployment)
     # In a thread, the runner neither receives the signals nor kills its flow runs on exit.
     loop = asyncio.new_event_loop()
@@ -142,6 +148,10 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
     try:
         with suppress(KeyboardInterrupt):
             serving.result()
+    except Exception as error:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise UserError(f"Prefect's runner failed: {error!r}. Start montessori up again, and retry its runs") from error
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # ignore further signals

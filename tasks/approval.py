@@ -4,15 +4,22 @@ A flow run started from Prefect requires it; the run then keeps the requirement,
 """
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Literal
+from uuid import UUID, uuid4
 
+import httpx
 import pyarrow as pa
+from prefect import get_run_logger, runtime
+from prefect.client.orchestration import get_client
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
-from prefect.input import RunInput
-from pydantic import Field
+from prefect.input import RunInput, read_flow_run_input
+from prefect.input.run_input import keyset_from_base_key
+from pydantic import Field, ValidationError
 
 from cluster.backends.sbatch import DRIVER_JOB
 from montessori_core import layout
@@ -28,6 +35,7 @@ from tasks.run import Run
 WhenUnapproved = Literal["pause", "refuse"]
 """What a driver does with pairs that are not approved: pause until a person answers in Prefect, or end with an error."""
 _WEEK = 7 * 24 * 3600  # seconds
+_PAUSE = 10.0  # seconds between two looks for an answer
 _PAIRS_SHOWN = 8
 _WIDTH = 200  # characters of an instruction shown
 
@@ -35,7 +43,8 @@ _WIDTH = 200  # characters of an instruction shown
 class Approval(RunInput):
     """A person's decision about the preference pairs."""
 
-    update_the_teacher: bool = Field(True, description="Choose no to end the run here. Finished stages are kept.")
+    # Without a default, which Prefect would take for the answer to a question that nobody has answered.
+    update_the_teacher: bool = Field(description="Off ends the run here. Finished stages are kept.")
 
 
 def require_approval(run: Run) -> None:
@@ -103,10 +112,13 @@ def _ask(number: int, summary: str) -> None:
     Raises:
         UserError: the answer is no, or nobody answered.
     """
+    question = Approval.with_initial_data(description=summary)
+    answer: Approval | None = None
     try:
-        answer: Any = pause_flow_run(
-            wait_for_input=Approval.with_initial_data(description=summary), timeout=_WEEK, key=layout.iteration(number)
-        )
+        while answer is None:
+            with suppress(ValidationError):  # the run is resumed without an answer: ask again
+                # Prefect does not pause twice for a key, and a driver that was killed may have asked before.
+                answer = _answer_to(question, f"{layout.iteration(number)}-{uuid4()}")
     except FlowPauseTimeout as error:
         raise UserError(
             f"iteration {number}: nobody has approved or refused the teacher update within a week. Retry this run to be "
@@ -114,9 +126,43 @@ def _ask(number: int, summary: str) -> None:
         ) from error
     if not answer.update_the_teacher:
         raise UserError(
-            f"iteration {number}: the teacher update was not approved. Start this run again to be asked again, "
-            "with other settings in preferences or influence if needed"
+            f"iteration {number}: the teacher update was not approved. Retry this run to be asked again, or start it again "
+            "with other settings in preferences or influence"
         )
+
+
+def _answer_to(question: type[Approval], key: str) -> Approval:
+    """Pause the flow run for a question until it is answered, also while the server is away.
+
+    Raises:
+        FlowPauseTimeout: nobody answered.
+        ValidationError: the run is resumed without an answer.
+    """
+    deadline = time.monotonic() + _WEEK
+    try:
+        return pause_flow_run(wait_for_input=question, timeout=_WEEK, key=key)
+    except httpx.HTTPError as error:
+        _raise_unless_passing(error)
+        get_run_logger().warning("the Prefect server does not answer (%r); waiting for it", error)
+    flow_run, keys = UUID(runtime.flow_run.id), keyset_from_base_key(f"paused-{key}")
+    while time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+        try:
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(flow_run).state
+            if state is not None and state.is_running():
+                return question.model_validate(read_flow_run_input(keys["response"], flow_run) or {})
+        except httpx.HTTPError as error:
+            _raise_unless_passing(error)
+    raise FlowPauseTimeout("Flow run was paused and never resumed.")
+
+
+def _raise_unless_passing(error: httpx.HTTPError) -> None:
+    """Raise an error of Prefect's client, unless the server or its database is away."""
+    if not isinstance(error, httpx.TransportError) and not (
+        isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
+    ):
+        raise error
 
 
 def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import yaml
 
+from flows.local_server import server_environment
 from montessori_core.config import read_cluster
 from support import ROOT
 
@@ -30,6 +31,12 @@ def test_compose_server_is_local_and_needs_login() -> None:
     assert secrets
     assert all(value.startswith("${") for value in secrets)
     assert all("healthcheck" in service for service in services.values())
+
+
+def test_compose_server_keeps_slots_over_a_restart() -> None:
+    environment = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]["environment"]
+    setting = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+    assert environment[setting] == server_environment(4200)[setting]
 
 
 def test_slurm_containers_match_their_configuration() -> None:

@@ -234,6 +234,43 @@ def test_run_shows_stages_artifacts_and_report(server: Server, finished: str, pa
     assert Path(path).read_text()
 
 
+def test_up_runs_many_flows_at_once(server: Server) -> None:
+    """More than five, the limit of Prefect's runner. They are suspended and killed before they begin."""
+    runs = [server.start("tiny", f"crowd-{number}") for number in range(6)]
+
+    def drivers() -> list[psutil.Process]:
+        children = psutil.Process(server.process.pid).children()
+        found = [child for child in children if "prefect.engine" in child.cmdline()]
+        for driver in found:
+            driver.suspend()
+        return found
+
+    try:
+        wait_until(lambda: len(drivers()) == len(runs), 60)
+    finally:
+        for driver in drivers():
+            driver.kill()
+    for run in runs:
+        server.wait_for(run, "Crashed")
+
+
+def test_failure_of_the_runner_is_one_sentence(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "prefect.yaml").write_text("deployments:\n- {name: small, config: quickstart}\n")
+    (tmp_path / "runner_storage").touch()  # the runner makes a folder of this name
+    ended = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "up"],
+        cwd=tmp_path,
+        env=server.environment | {"PREFECT_API_URL": f"{server.url}/api", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Prefect's runner failed: NotADirectoryError" in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
 def start_in_browser(server: Server, page: Page, name: str) -> str:
     """Start a run with the form of its deployment, which first refuses a number; return its id."""
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('whole')['id']}")
@@ -446,7 +483,10 @@ def test_run_waits_for_approval_once(server: Server, finished: str, page: Page) 
     page.goto(f"{server.url}/runs/flow-run/{paused}")
     page.get_by_role("button", name="Resume", exact=True).click()
     expect(page.get_by_text("update the teacher on these pairs?").first).to_be_visible()
-    expect(page.get_by_text("Update The Teacher").first).to_be_visible()  # the form appears by itself
+    switch = page.get_by_role("dialog").get_by_role("switch")  # the form appears by itself
+    expect(switch).not_to_be_checked()
+    switch.click()
+    expect(switch).to_be_checked()
     photograph(page, "prefect-approval")
     submit = page.get_by_role("button", name="Submit")
     submit.click()
