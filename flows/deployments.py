@@ -20,15 +20,13 @@ import psutil
 from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
-from flows.prefect_api import RETRY_SERVER_ERRORS, check_api, check_proxies
+from flows.prefect_api import DRIVER_VARIABLES, HEARTBEAT, check_api, check_proxies
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.locks import take_lock
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
-_HEARTBEAT = 30  # seconds between heartbeats of a flow run
-_HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat until a flow run counts as crashed
 
 
 def up(file: Path | None, root: Path, port: int, console: Console) -> None:
@@ -58,11 +56,12 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
         ):
             url = api.removesuffix("/api")
             _write_state(lock, {"url": url, "process": os.getpid(), "host": platform.node()})
+            from flows.crash_detection import register_crash_detection
             from tasks.report import REPORTS
             from tasks.resume import RUN_ROOT
 
             os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
-            _register_crash_detection()
+            register_crash_detection()
             names = ", ".join(deployment["name"] for deployment in deployments)
             console.print(
                 f"Prefect: {url}\ndeployments of {file}: {names}\nruns and reports: {root.resolve()}", soft_wrap=True
@@ -82,6 +81,8 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
     from prefect.settings import PREFECT_API_URL
+
+    from flows.crash_detection import register_crash_detection
 
     check_proxies()
     deployments = read_deployments(file or find_deployments())
@@ -103,7 +104,7 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
         return identity
 
     _register(deployments, pool, register)
-    _register_crash_detection()
+    register_crash_detection()
     console.print(
         "start a worker on a host that can submit jobs, with the folder of runs: "
         f"MONTESSORI_RUN_ROOT=/shared/runs prefect worker start --pool {pool}",
@@ -127,7 +128,7 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
     from prefect.runner import Runner
 
     # Keep schedules active: the next `up` continues them.
-    runner = Runner(pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
+    runner = Runner(pause_on_shutdown=False, heartbeat_seconds=HEARTBEAT)
     _register(deployments, None, runner.add_deployment)
     # In a thread, the runner neither receives the signals nor kills its flow runs on exit.
     loop = asyncio.new_event_loop()
@@ -195,7 +196,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     limit = deployment.get("concurrency_limit")
     variables = dict(deployment.get("job_variables") or {})
     # The worker starts a flow run by python -m, which would import from its working directory first.
-    defaults = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), "PYTHONSAFEPATH": "1", **RETRY_SERVER_ERRORS}
+    defaults = {"PYTHONSAFEPATH": "1", **DRIVER_VARIABLES}
     variables["env"] = {**defaults, **(variables.get("env") or {})}
     runner_deployment = flow.to_deployment(
         deployment["name"],
@@ -225,45 +226,6 @@ def _has_schedules(deployment: str) -> bool:
             return bool(client.read_deployment_by_name(deployment).schedules)
         except ObjectNotFound:
             return False
-
-
-def _register_crash_detection() -> None:
-    """Register an automation that marks flow runs without heartbeats as crashed: a lost machine cannot report it."""
-    from prefect.client.orchestration import get_client
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-
-    name = "montessori: montessori: mark flow runs without heartbeats as crashed"
-    ends = [
-        f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
-    ]
-    automation = AutomationCore(
-        name=name,
-        description=f"A flow run whose heartbeats stop for {_HEARTBEAT_TIMEOUT} s has lost its process or its machine.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *ends},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},  # type: ignore[arg-type]
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=_HEARTBEAT_TIMEOUT),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state="CRASHED",
-                name="Crashed",
-                message="no heartbeats; retry the run: it finds jobs that are still running",
-            )
-        ],
-    )
-    with get_client(sync_client=True) as client:
-        existing = client.read_automations_by_name(name)
-        if [old.description for old in existing] == [automation.description]:
-            return  # a new one would forget the flow runs that it watches
-        for old in existing:
-            client.delete_automation(old.id)
-        client.create_automation(automation)
 
 
 def _write_state(lock: TextIO, content: dict[str, Any]) -> None:
