@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +25,10 @@ from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deplo
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.locks import take_lock
+from tasks.resume import RUN_ROOT
 
+_SERVED_BY = "Served by montessori up of"
+_POLLED = 60  # seconds; a process that runs flow runs of a deployment asks for them more often
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 
 
@@ -33,7 +36,7 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     """Serve the deployments until Ctrl-C; start a Prefect server if there is none.
 
     Raises:
-        UserError: the server does not start, or the file is invalid.
+        UserError: the server does not start, the file is invalid, or another process runs one of the deployments.
     """
     file = file or find_deployments()
     deployments = read_deployments(file)
@@ -58,9 +61,9 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
             _write_state(lock, {"url": url, "process": os.getpid(), "host": platform.node()})
             from flows.crash_detection import register_crash_detection
             from tasks.report import REPORTS
-            from tasks.resume import RUN_ROOT
 
             os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
+            _refuse_others(deployments, None)
             register_crash_detection()
             names = ", ".join(deployment["name"] for deployment in deployments)
             console.print(
@@ -76,7 +79,7 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     """Register the deployments for a work pool of the server in Prefect's settings.
 
     Raises:
-        UserError: no such work pool, or the server does not answer.
+        UserError: no such work pool, the server does not answer, or another process runs one of the deployments.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
@@ -97,6 +100,8 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
             raise UserError(
                 f"the server at {api} has no work pool {pool!r}; create it: prefect work-pool create {pool} --type process"
             ) from error
+
+    _refuse_others(deployments, pool)
 
     def register(deployment: Any) -> Any:
         identity = deployment.apply()
@@ -175,25 +180,56 @@ def _register(deployments: list[dict[str, Any]], pool: str | None, register: Cal
             full_forms.append(f"[{deployment['name']}]({form_address(identity)})")
 
 
-def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig
-    from prefect.schedules import Cron, Interval
-    from prefect.types.entrypoint import EntrypointType
+def _refuse_others(deployments: list[dict[str, Any]], pool: str | None) -> None:
+    """Check that no other process runs flow runs of these deployments, which would start in its folder, as its user.
 
+    Raises:
+        UserError: another `montessori up`, or a worker, does.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import DeploymentStatus
+
+    with get_client(sync_client=True) as client:
+        for deployment in deployments:
+            existing = _registered(client, deployment)
+            if existing is None or existing.status != DeploymentStatus.READY or existing.last_polled is None:
+                continue
+            if (datetime.now(UTC) - existing.last_polled).total_seconds() > _POLLED:
+                continue  # the status of a server that has just started is old
+            description = existing.description or ""
+            if existing.work_pool_name == pool and (pool is not None or _served_by() in description):
+                continue
+            if existing.work_pool_name is not None:
+                other = f"run by the workers of work pool {existing.work_pool_name}"
+            else:
+                _, found, words = description.rpartition(_SERVED_BY)
+                other = f"served by{words.rstrip('.')}" if found else "served by another process"
+            raise UserError(
+                f"the Prefect server at {client.api_url} has a deployment {deployment['name']} that is {other}: both would "
+                "run its flow runs. Give yours other names in a prefect.yaml here (copy the shipped one), use another server "
+                f"(montessori up --port), or end the other one and wait {_POLLED} seconds"
+            )
+
+
+def _served_by() -> str:
+    """Return the sentence of a deployment's description that tells this `montessori up` from others on a server."""
+    return f"{_SERVED_BY} {psutil.Process().username()} on {platform.node()}; runs are in {os.environ[RUN_ROOT]}."
+
+
+def _flow_of(deployment: dict[str, Any]) -> Any:
     from flows.evaluation import evaluate
     from flows.experiment import montessori
     from flows.study import compare
     from flows.tailor import tailor
 
-    flow: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate, TAILOR: tailor}[deployment["entrypoint"]]
-    schedules = []
-    for schedule in deployment.get("schedules") or []:
-        options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}
-        if "cron" in schedule:
-            schedules.append(Cron(schedule["cron"], **options))
-        else:
-            schedules.append(Interval(timedelta(seconds=schedule["interval"]), **options))
-    limit = deployment.get("concurrency_limit")
+    return {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate, TAILOR: tailor}[deployment["entrypoint"]]
+
+
+def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
+    from prefect.client.orchestration import get_client
+    from prefect.types.entrypoint import EntrypointType
+
+    flow = _flow_of(deployment)
     variables = dict(deployment.get("job_variables") or {})
     # The worker starts a flow run by python -m, which would import from its working directory first.
     defaults = {"PYTHONSAFEPATH": "1", **DRIVER_VARIABLES}
@@ -201,31 +237,32 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     runner_deployment = flow.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],
-        description=deployment.get("description"),
+        description="\n\n".join(filter(None, (deployment.get("description"), None if pool else _served_by()))),
         tags=deployment.get("tags"),
-        schedules=schedules,
-        concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
+        schedules=deployment["schedules"],
+        concurrency_limit=deployment["concurrency_limit"],
         work_pool_name=pool,
         job_variables=variables if pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     # Where the flow runs, PYTHONPATH may have another module named flows.
     runner_deployment.entrypoint = f"montessori_entry.{flow.fn.__name__}"
-    if _has_schedules(f"{flow.name}/{deployment['name']}"):
+    with get_client(sync_client=True) as client:
+        existing = _registered(client, deployment)
+    if existing is not None and existing.schedules:
         runner_deployment.schedules = None
         runner_deployment.model_fields_set.discard("schedules")  # keep them: they may be paused or made in the UI
     return runner_deployment
 
 
-def _has_schedules(deployment: str) -> bool:
-    from prefect.client.orchestration import get_client
+def _registered(client: Any, deployment: dict[str, Any]) -> Any:
+    """Return a deployment as the server has it; None if it has none of this name."""
     from prefect.exceptions import ObjectNotFound
 
-    with get_client(sync_client=True) as client:
-        try:
-            return bool(client.read_deployment_by_name(deployment).schedules)
-        except ObjectNotFound:
-            return False
+    try:
+        return client.read_deployment_by_name(f"{_flow_of(deployment).name}/{deployment['name']}")
+    except ObjectNotFound:
+        return None
 
 
 def _write_state(lock: TextIO, content: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import suppress
+from datetime import timedelta
 from http.client import HTTPConnection
 from io import StringIO
 from pathlib import Path
@@ -38,10 +39,10 @@ def test_shipped_deployments_match_configurations() -> None:
         assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
     for deployment in experiments:
         assert deployment["parameters"].keys() == {"experiment"}
-        assert deployment["concurrency_limit"]["limit"] == 1
+        assert deployment["concurrency_limit"].limit == 1
     shipped = read_study(CONFIGS / "studies" / "quickstart.yaml")
     assert Study.model_validate(study["parameters"]["study"]) == shipped
-    assert study["concurrency_limit"]["limit"] == 1
+    assert study["concurrency_limit"].limit == 1
 
 
 def test_invalid_deployment_is_refused_by_name(tmp_path: Path) -> None:
@@ -74,11 +75,51 @@ def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),
         ({"config": "quickstart", "entrypoint": "flows/x.py:y"}, "no entrypoint 'flows/x.py:y'"),
         ({"config": "quickstart", "schedules": [{"rrule": "FREQ=DAILY"}]}, "schedules: .*set either cron, or interval"),
+        ({"config": "quickstart", "schedules": [{"cron": "0 20 * * 9"}]}, "schedules: .*cron: .*Invalid cron string"),
+        (
+            {"config": "quickstart", "schedules": [{"cron": "0 20 * * 5", "timezone": "Europe/Berln"}]},
+            "schedules: .*timezone: .*Europe/Berln",
+        ),
+        ({"config": "quickstart", "schedules": [{"interval": "daily"}]}, "schedules: .*interval: .*valid timedelta"),
+        ({"config": "quickstart", "schedules": [{"interval": 0}]}, "schedules: .*interval: .*greater than"),
+        (
+            {"config": "quickstart", "schedules": [{"interval": 60, "active": "perhaps"}]},
+            "schedules: .*active: .*boolean",
+        ),
+        (
+            {"config": "quickstart", "schedules": [{"interval": 60, "parameters": {"add_iterations": 1}}]},
+            "schedules: .*no setting 'parameters'; available: cron, interval, timezone, active",
+        ),
+        ({"config": "quickstart", "schedules": {"interval": 60}}, "schedules must be a list"),
+        (
+            {"config": "quickstart", "schedule": [{"interval": 60}]},
+            "no setting 'schedule'; available: name, .*schedules",
+        ),
+        (
+            {"config": "quickstart", "concurrency_limit": {"limit": 1, "collision_strategy": "QUEUE"}},
+            "concurrency_limit: .*collision_strategy: .*'ENQUEUE' or 'CANCEL_NEW'",
+        ),
+        (
+            {"config": "quickstart", "concurrency_limit": {"limit": 1, "strategy": "ENQUEUE"}},
+            "concurrency_limit: .*'strategy'",
+        ),
+        ({"config": "quickstart", "concurrency_limit": "one"}, "concurrency_limit: one: set a number"),
+        ({"config": "quickstart", "tags": "montessori"}, "tags must be a list"),
     ],
 )
 def test_bad_deployment_is_refused(deployment: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"prefect.yaml, deployment 'mine': {message}"):
         read_deployments(written(tmp_path, **deployment))
+
+
+def test_schedules_and_limits_are_prefects(tmp_path: Path) -> None:
+    schedules = [{"cron": "0 20 * * 5", "timezone": "Europe/Berlin"}, {"interval": 86400, "active": False}]
+    path = written(tmp_path, config="quickstart", schedules=schedules, concurrency_limit=2)
+    [deployment] = read_deployments(path)
+    weekly, daily = deployment["schedules"]
+    assert (weekly.schedule.cron, weekly.schedule.timezone, weekly.active) == ("0 20 * * 5", "Europe/Berlin", True)
+    assert (daily.schedule.interval, daily.active) == (timedelta(days=1), False)
+    assert deployment["concurrency_limit"] == 2
 
 
 def test_deployment_without_name_is_refused(tmp_path: Path) -> None:

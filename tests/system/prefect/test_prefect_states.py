@@ -1,6 +1,7 @@
 """States of flow runs: lost drivers become Crashed, and a driver notices that its flow run is cancelled."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from uuid import UUID
 
 import psutil
 import pytest
+import yaml
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events import Event
@@ -22,7 +24,8 @@ from flows import crash_detection
 from flows.crash_detection import FLOWS, register_crash_detection
 from flows.state_watch import NO_HEARTBEATS
 from support import ROOT
-from support.prefect_server import prefect_server, wait_until
+from support.prefect_server import Server, prefect_server, wait_until
+from support.runs import invoke
 
 TIMEOUT = 10  # seconds without heartbeats; Prefect allows no less
 
@@ -181,3 +184,36 @@ def test_driver_without_its_runner_ends_when_cancelled(client: SyncPrefectClient
         process.wait()
         wait_until(lambda: not driver.is_running(), 30, output.read_text)
     assert state_of(client, flow_run) == "Cancelled"
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("runs started on your Prefect server")
+def test_deployments_of_another_up_are_refused(client: SyncPrefectClient, tmp_path: Path) -> None:
+    """Each of the two would run flow runs of the other: in its own folder, as its own user."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder in (mine, other):
+        folder.mkdir()
+    api = str(client.api_url).rstrip("/")
+    scheduled = {"schedules": [{"interval": 86400, "active": False}], "concurrency_limit": {"limit": 1}}
+    deployments = [{"name": "shared", "config": "quickstart", **scheduled}]
+    server = Server(mine, deployments, api)
+    try:
+        wait_until(lambda: server.deployment("shared")["status"] == "READY", 60)
+        registered = server.deployment("shared")
+        assert f"on {platform.node()}; runs are in {mine / 'runs'}." in registered["description"]
+        assert [schedule["schedule"]["interval"] for schedule in registered["schedules"]] == [86400.0]
+        assert registered["global_concurrency_limit"]["limit"] == 1
+        (other / "prefect.yaml").write_text(yaml.safe_dump({"deployments": deployments}))
+        client.request("POST", "/work_pools/", json={"name": "cluster", "type": "process"})
+        for command in (["up"], ["deploy", "--pool", "cluster"]):
+            code, output = invoke(*command, cwd=other, PREFECT_API_URL=api)
+            assert code == 1
+            assert "a deployment shared that is served by" in output
+            assert f"runs are in {mine / 'runs'}: both would run its flow runs. Give yours other names" in output
+        assert "mine" in server.deployment("shared")["description"]
+        server.process.kill()
+        server.process.wait()
+        server.process = server.up()  # the same is not refused
+    finally:
+        os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
