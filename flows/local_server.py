@@ -30,7 +30,7 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     """Yield the API address of the server in Prefect's settings, of one on this machine, or of one started here."""
     check_proxies()
     # In a child process: this process must not read Prefect's settings before PREFECT_API_URL is set.
-    code = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
+    code = "from prefect.settings import PREFECT_API_URL; print((PREFECT_API_URL.value() or '').rstrip('/'))"
     configured = subprocess.run(
         [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()

@@ -75,9 +75,11 @@ def answers(api: str) -> bool:
 def problem_of(api: str) -> str | None:
     """Say why an address cannot be used as Prefect's API; None if it can."""
     import httpx  # slow, and most commands ask no server
+    from prefect.settings import PREFECT_CLIENT_CUSTOM_HEADERS
 
+    address, headers = f"{api.rstrip('/')}/health", PREFECT_CLIENT_CUSTOM_HEADERS.value()  # which a site's proxy may need
     try:
-        answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
+        answer = httpx.get(address, headers=headers, timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
     except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError) as error:
         # ImportError: a SOCKS proxy without socksio; OSError: PREFECT_API_SSL_CERT_FILE cannot be read
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
