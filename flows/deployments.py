@@ -186,29 +186,27 @@ def _refuse_others(deployments: list[dict[str, Any]], pool: str | None) -> None:
     Raises:
         UserError: another `montessori up`, or a worker, does.
     """
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import DeploymentStatus
 
-    with get_client(sync_client=True) as client:
-        for deployment in deployments:
-            existing = _registered(client, deployment)
-            if existing is None or existing.status != DeploymentStatus.READY or existing.last_polled is None:
-                continue
-            if (datetime.now(UTC) - existing.last_polled).total_seconds() > _POLLED:
-                continue  # the status of a server that has just started is old
-            description = existing.description or ""
-            if existing.work_pool_name == pool and (pool is not None or _served_by() in description):
-                continue
-            if existing.work_pool_name is not None:
-                other = f"run by the workers of work pool {existing.work_pool_name}"
-            else:
-                _, found, words = description.rpartition(_SERVED_BY)
-                other = f"served by{words.rstrip('.')}" if found else "served by another process"
-            raise UserError(
-                f"the Prefect server at {client.api_url} has a deployment {deployment['name']} that is {other}: both would "
-                "run its flow runs. Give yours other names in a prefect.yaml here (copy the shipped one), use another server "
-                f"(montessori up --port), or end the other one and wait {_POLLED} seconds"
-            )
+    for deployment in deployments:
+        existing = _registered(deployment)
+        if existing is None or existing.status != DeploymentStatus.READY or existing.last_polled is None:
+            continue
+        if (datetime.now(UTC) - existing.last_polled).total_seconds() > _POLLED:
+            continue  # the status of a server that has just started is old
+        description = existing.description or ""
+        if existing.work_pool_name == pool and (pool is not None or _served_by() in description):
+            continue
+        if existing.work_pool_name is not None:
+            other = f"run by the workers of work pool {existing.work_pool_name}"
+        else:
+            _, found, words = description.rpartition(_SERVED_BY)
+            other = f"served by{words.rstrip('.')}" if found else "served by another process"
+        raise UserError(
+            f"the Prefect server has a deployment {deployment['name']} that is {other}: both would run its flow runs. Give "
+            "yours other names in a prefect.yaml here (copy the shipped one), use a server of your own (montessori up --port "
+            f"N, without PREFECT_API_URL), or end the other one and wait {_POLLED} seconds"
+        )
 
 
 def _served_by() -> str:
@@ -226,7 +224,6 @@ def _flow_of(deployment: dict[str, Any]) -> Any:
 
 
 def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
-    from prefect.client.orchestration import get_client
     from prefect.types.entrypoint import EntrypointType
 
     flow = _flow_of(deployment)
@@ -247,22 +244,23 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     )
     # Where the flow runs, PYTHONPATH may have another module named flows.
     runner_deployment.entrypoint = f"montessori_entry.{flow.fn.__name__}"
-    with get_client(sync_client=True) as client:
-        existing = _registered(client, deployment)
+    existing = _registered(deployment)
     if existing is not None and existing.schedules:
         runner_deployment.schedules = None
         runner_deployment.model_fields_set.discard("schedules")  # keep them: they may be paused or made in the UI
     return runner_deployment
 
 
-def _registered(client: Any, deployment: dict[str, Any]) -> Any:
+def _registered(deployment: dict[str, Any]) -> Any:
     """Return a deployment as the server has it; None if it has none of this name."""
+    from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    try:
-        return client.read_deployment_by_name(f"{_flow_of(deployment).name}/{deployment['name']}")
-    except ObjectNotFound:
-        return None
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_deployment_by_name(f"{_flow_of(deployment).name}/{deployment['name']}")
+        except ObjectNotFound:
+            return None
 
 
 def _write_state(lock: TextIO, content: dict[str, Any]) -> None:

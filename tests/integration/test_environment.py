@@ -128,9 +128,9 @@ def test_deployed_flows_import_installed_packages(tmp_path: Path) -> None:
 
 
 def test_deployments_name_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments, "_has_schedules", lambda deployment: False)
+    monkeypatch.setattr(deployments, "_registered", lambda deployment: None)
     shipped = read_deployments(ROOT / "flows" / "prefect.yaml")
-    entrypoints = {deployments._to_deployment(deployment, None).entrypoint for deployment in shipped}
+    entrypoints = {deployments._to_deployment(deployment, "pool").entrypoint for deployment in shipped}
     assert entrypoints == {f"montessori_entry.{name}" for name in FLOWS}
 
 
@@ -382,7 +382,9 @@ def test_server_behind_login_proxy_gets_headers() -> None:
     class Proxy(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = self.headers.get("CF-Access-Client-Id") == "mine"
-            status = 200 if (known and self.path == "/api/health") or self.path == "/login" else 302 if not known else 404
+            status = (
+                200 if (known and self.path == "/api/health") or self.path == "/login" else 302 if not known else 404
+            )
             self.send_response(status)
             self.send_header("Location", "/login")
             self.send_header("Content-Type", "application/json" if known else "text/html")

@@ -25,7 +25,7 @@ from flows.crash_detection import FLOWS, register_crash_detection
 from flows.state_watch import NO_HEARTBEATS
 from support import ROOT
 from support.prefect_server import Server, prefect_server, wait_until
-from support.runs import invoke
+from support.runs import await_job, configuration, invoke, left_over, montessori
 
 TIMEOUT = 10  # seconds without heartbeats; Prefect allows no less
 
@@ -172,6 +172,22 @@ def test_command_ends_when_its_flow_run_is_cancelled(client: SyncPrefectClient, 
     assert "interrupted" in output.read_text()
     assert "Resume with:\n  montessori resume" in output.read_text()
     assert state_of(client, flow_run) == "Cancelled"
+
+
+@pytest.mark.slow
+def test_run_of_a_terminal_is_cancelled_in_prefect(
+    client: SyncPrefectClient, talking_llama: Path, tmp_path: Path
+) -> None:
+    config = configuration(tmp_path, talking_llama)
+    driver = montessori("run", str(config), cwd=tmp_path, PREFECT_API_URL=str(client.api_url).rstrip("/"))
+    await_job(driver, tmp_path / "runs" / "tiny" / "iteration-1" / "warmup")
+    [flow_run] = [flow_run for flow_run in client.read_flow_runs() if flow_run.name == "tiny"]
+    client.set_flow_run_state(flow_run.id, Cancelling())
+    output, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 130, output
+    assert "the jobs were cancelled, finished work is kept. Resume with" in output
+    assert state_of(client, flow_run.id) == "Cancelled"
+    assert not left_over(tmp_path)
 
 
 def test_driver_without_its_runner_ends_when_cancelled(client: SyncPrefectClient, tmp_path: Path) -> None:
