@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flows.prefect_api import answers, check_api, check_login, check_proxies
-from flows.prefect_server import starting_server
+from flows.prefect_server import host_database, starting_server
 from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
@@ -72,7 +72,7 @@ def _start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
         # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
         return subprocess.Popen(
             [*command, "--host", _LOOPBACK, "--port", str(port)],
-            env=server_environment(port),
+            env=server_environment(port) | host_database(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -53,7 +53,7 @@ def watched_state() -> Iterator[None]:
 
 
 def _watch(flow_run: UUID, ended: threading.Event, cancelled: threading.Event) -> None:
-    runner = os.getppid() if "PREFECT__FLOW_RUN_ID" in os.environ else None
+    runner = os.getppid() if os.environ.get("PREFECT__FLOW_RUN_ID") == str(flow_run) else None
     while not ended.wait(_PAUSE):
         try:
             with get_client(sync_client=True) as client:

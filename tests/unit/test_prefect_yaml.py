@@ -6,18 +6,20 @@ from datetime import timedelta
 from http.client import HTTPConnection
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
 from rich.console import Console
 
 from flows import evaluation, experiment, tailor
 from flows.deployments import warn_of_job_variables
 from flows.local_server import served_reports
+from flows.prefect_server import host_database
 from flows.prefect_yaml import find_deployments, read_deployments
 from montessori_core.config import Study, read_study
 from montessori_core.errors import ConfigError, UserError
@@ -185,3 +187,20 @@ def test_shipped_file_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_deployments() == ROOT / "flows" / "prefect.yaml"
     written(tmp_path, config="quickstart")
     assert find_deployments() == Path("prefect.yaml")
+
+
+def test_hosts_that_share_a_home_have_own_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first keeps Prefect's default one: its runs are in it."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    assert host_database() == {}  # of a disk of this machine
+    mount = SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")
+    monkeypatch.setattr("flows.prefect_server.psutil.disk_partitions", lambda all: [mount])
+    found = []
+    for host in ("login1", "login2", "login1"):
+        monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda host=host: host)
+        found.append(host_database())
+    own = f"sqlite+aiosqlite:///{tmp_path / 'prefect-login2.db'}"
+    assert found == [{}, {"PREFECT_SERVER_DATABASE_CONNECTION_URL": own}, {}]
+    monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda: "login2")
+    with temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: "postgresql+asyncpg://server/prefect"}):
+        assert host_database() == {}

@@ -32,7 +32,7 @@ TIMEOUT = 10  # seconds without heartbeats; Prefect allows no less
 DRIVER = """
 import os, time
 from pathlib import Path
-from prefect import flow
+from prefect import flow, runtime
 from prefect.settings import get_current_settings
 import flows.state_watch
 from flows.cli.interrupt import interruptible
@@ -41,7 +41,9 @@ from montessori_core.config import Cluster
 flows.state_watch._PAUSE = 0.5
 
 @flow
-def driver():
+def driver(has_runner=False):
+    if has_runner:
+        os.environ["PREFECT__FLOW_RUN_ID"] = runtime.flow_run.id
     with flows.state_watch.watched_state():
         print(get_current_settings().flows.heartbeat_frequency, flush=True)
         while True:
@@ -54,8 +56,7 @@ ORPHAN = (
     + """
 if os.fork():
     time.sleep(600)
-os.environ["PREFECT__FLOW_RUN_ID"] = "of a runner"
-driver()
+driver(has_runner=True)
 """
 )
 
