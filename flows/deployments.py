@@ -195,7 +195,7 @@ def _refuse_others(deployments: list[dict[str, Any]], pool: str | None) -> None:
         if (datetime.now(UTC) - existing.last_polled).total_seconds() > _POLLED:
             continue  # the status of a server that has just started is old
         description = existing.description or ""
-        if existing.work_pool_name == pool and (pool is not None or _served_by() in description):
+        if existing.work_pool_name == pool and (pool is not None or description.endswith(_served_by())):
             continue
         if existing.work_pool_name is not None:
             other = f"run by the workers of work pool {existing.work_pool_name}"

@@ -77,10 +77,8 @@ def problem_of(api: str) -> str | None:
     import httpx  # slow, and most commands ask no server
     from prefect.settings import PREFECT_CLIENT_CUSTOM_HEADERS
 
-    address, headers = (
-        f"{api.rstrip('/')}/health",
-        PREFECT_CLIENT_CUSTOM_HEADERS.value(),
-    )  # which a site's proxy may need
+    address = f"{api.rstrip('/')}/health"
+    headers = PREFECT_CLIENT_CUSTOM_HEADERS.value()  # a site's proxy may need them
     try:
         answer = httpx.get(address, headers=headers, timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
     except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError) as error:

@@ -42,10 +42,7 @@ def watched_state() -> Iterator[None]:
     except BaseException as error:
         if not cancelled.is_set():
             raise
-        with (
-            suppress(Exception),
-            get_client(sync_client=True) as client,
-        ):  # otherwise the server does it, after five minutes
+        with suppress(Exception), get_client(sync_client=True) as client:  # the server does it, too, after five minutes
             client.set_flow_run_state(flow_run, Cancelled(message="The driver has ended."), force=True)
         raise Abort("cancelled in Prefect") from error  # any other exception would set another state
     finally:

@@ -43,7 +43,7 @@ def deploy(
 
 
 def _set_prefect_defaults() -> None:
-    """Set variables for flow runs, before Prefect is imported: its logs, and how patient its client is."""
+    """Set variables for flow runs, before Prefect is imported: its logs, how patient its client is, and heartbeats."""
     for name, value in DRIVER_VARIABLES.items():
         os.environ.setdefault(name, value)
     del os.environ["PREFECT_INTERNAL_LOGGING_LEVEL"]
