@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,22 +21,23 @@ from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
 from flows.outages import poll_without_limit
-from flows.prefect_api import RETRY_SERVER_ERRORS, check_api, check_proxies
+from flows.prefect_api import DRIVER_VARIABLES, HEARTBEAT, check_api, check_proxies
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.locks import take_lock
+from tasks.resume import RUN_ROOT
 
+_SERVED_BY = "Served by montessori up of"
+_POLLED = 60  # seconds; a process that runs flow runs of a deployment asks for them more often
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
-_HEARTBEAT = 30  # seconds between heartbeats of a flow run
-_HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat until a flow run counts as crashed
 
 
 def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     """Serve the deployments until Ctrl-C; start a Prefect server if there is none.
 
     Raises:
-        UserError: the server does not start, or the file is invalid.
+        UserError: the server does not start, the file is invalid, or another process runs one of the deployments.
     """
     file = file or find_deployments()
     deployments = read_deployments(file)
@@ -59,11 +60,12 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
         ):
             url = api.removesuffix("/api")
             _write_state(lock, {"url": url, "process": os.getpid(), "host": platform.node()})
+            from flows.crash_detection import register_crash_detection
             from tasks.report import REPORTS
-            from tasks.resume import RUN_ROOT
 
             os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
-            _register_crash_detection()
+            _refuse_others(deployments, None)
+            register_crash_detection()
             names = ", ".join(deployment["name"] for deployment in deployments)
             console.print(
                 f"Prefect: {url}\ndeployments of {file}: {names}\nruns and reports: {root.resolve()}", soft_wrap=True
@@ -78,11 +80,13 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     """Register the deployments for a work pool of the server in Prefect's settings.
 
     Raises:
-        UserError: no such work pool, or the server does not answer.
+        UserError: no such work pool, the server does not answer, or another process runs one of the deployments.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
     from prefect.settings import PREFECT_API_URL
+
+    from flows.crash_detection import register_crash_detection
 
     check_proxies()
     deployments = read_deployments(file or find_deployments())
@@ -98,13 +102,15 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
                 f"the server at {api} has no work pool {pool!r}; create it: prefect work-pool create {pool} --type process"
             ) from error
 
+    _refuse_others(deployments, pool)
+
     def register(deployment: Any) -> Any:
         identity = deployment.apply()
         console.print(f"registered {deployment.name} for work pool {pool}", soft_wrap=True)
         return identity
 
     _register(deployments, pool, register)
-    _register_crash_detection()
+    register_crash_detection()
     console.print(
         "start a worker on a host that can submit jobs, with the folder of runs: "
         f"MONTESSORI_RUN_ROOT=/shared/runs prefect worker start --pool {pool}",
@@ -133,7 +139,7 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
 
     poll_without_limit()
     # Drivers only wait, so that there may be many. Keep schedules active: the next `up` continues them.
-    runner = Runner(limit=None, pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
+    runner = Runner(limit=None, pause_on_shutdown=False, heartbeat_seconds=HEARTBEAT)
     _register(deployments, None, runner.add_deployment)
     # In a thread, the runner neither receives the signals nor kills its flow runs on exit.
     loop = asyncio.new_event_loop()
@@ -184,96 +190,87 @@ def _register(deployments: list[dict[str, Any]], pool: str | None, register: Cal
             full_forms.append(f"[{deployment['name']}]({form_address(identity)})")
 
 
-def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig
-    from prefect.schedules import Cron, Interval
-    from prefect.types.entrypoint import EntrypointType
+def _refuse_others(deployments: list[dict[str, Any]], pool: str | None) -> None:
+    """Check that no other process runs flow runs of these deployments, which would start in its folder, as its user.
 
+    Raises:
+        UserError: another `montessori up`, or a worker, does.
+    """
+    from prefect.client.schemas.objects import DeploymentStatus
+
+    for deployment in deployments:
+        existing = _registered(deployment)
+        if existing is None or existing.status != DeploymentStatus.READY or existing.last_polled is None:
+            continue
+        if (datetime.now(UTC) - existing.last_polled).total_seconds() > _POLLED:
+            continue  # the status of a server that has just started is old
+        description = existing.description or ""
+        if existing.work_pool_name == pool and (pool is not None or description.endswith(_served_by())):
+            continue
+        if existing.work_pool_name is not None:
+            other = f"run by the workers of work pool {existing.work_pool_name}"
+        else:
+            _, found, words = description.rpartition(_SERVED_BY)
+            other = f"served by{words.rstrip('.')}" if found else "served by another process"
+        raise UserError(
+            f"the Prefect server has a deployment {deployment['name']} that is {other}: both would run its flow runs. Give "
+            "yours other names in a prefect.yaml here (copy the shipped one), use a server of your own (montessori up --port "
+            f"N, without PREFECT_API_URL), or end the other one and wait {_POLLED} seconds"
+        )
+
+
+def _served_by() -> str:
+    """Return the sentence of a deployment's description that tells this `montessori up` from others on a server."""
+    return f"{_SERVED_BY} {psutil.Process().username()} on {platform.node()}; runs are in {os.environ[RUN_ROOT]}."
+
+
+def _flow_of(deployment: dict[str, Any]) -> Any:
     from flows.evaluation import evaluate
     from flows.experiment import montessori
     from flows.study import compare
     from flows.tailor import tailor
 
-    flow: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate, TAILOR: tailor}[deployment["entrypoint"]]
-    schedules = []
-    for schedule in deployment.get("schedules") or []:
-        options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}
-        if "cron" in schedule:
-            schedules.append(Cron(schedule["cron"], **options))
-        else:
-            schedules.append(Interval(timedelta(seconds=schedule["interval"]), **options))
-    limit = deployment.get("concurrency_limit")
+    return {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate, TAILOR: tailor}[deployment["entrypoint"]]
+
+
+def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
+    from prefect.types.entrypoint import EntrypointType
+
+    flow = _flow_of(deployment)
     variables = dict(deployment.get("job_variables") or {})
     # The worker starts a flow run by python -m, which would import from its working directory first.
-    defaults = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), "PYTHONSAFEPATH": "1", **RETRY_SERVER_ERRORS}
+    defaults = {"PYTHONSAFEPATH": "1", **DRIVER_VARIABLES}
     variables["env"] = {**defaults, **(variables.get("env") or {})}
     runner_deployment = flow.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],
-        description=deployment.get("description"),
+        description="\n\n".join(filter(None, (deployment.get("description"), None if pool else _served_by()))),
         tags=deployment.get("tags"),
-        schedules=schedules,
-        concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
+        schedules=deployment["schedules"],
+        concurrency_limit=deployment["concurrency_limit"],
         work_pool_name=pool,
         job_variables=variables if pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     # Where the flow runs, PYTHONPATH may have another module named flows.
     runner_deployment.entrypoint = f"montessori_entry.{flow.fn.__name__}"
-    if _has_schedules(f"{flow.name}/{deployment['name']}"):
+    existing = _registered(deployment)
+    if existing is not None and existing.schedules:
         runner_deployment.schedules = None
         runner_deployment.model_fields_set.discard("schedules")  # keep them: they may be paused or made in the UI
     return runner_deployment
 
 
-def _has_schedules(deployment: str) -> bool:
+def _registered(deployment: dict[str, Any]) -> Any:
+    """Return a deployment as the server has it; None if it has none of this name."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
     with get_client(sync_client=True) as client:
         try:
-            return bool(client.read_deployment_by_name(deployment).schedules)
+            return client.read_deployment_by_name(f"{_flow_of(deployment).name}/{deployment['name']}")
         except ObjectNotFound:
-            return False
-
-
-def _register_crash_detection() -> None:
-    """Register an automation that marks flow runs without heartbeats as crashed: a lost machine cannot report it."""
-    from prefect.client.orchestration import get_client
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-
-    name = "montessori: montessori: mark flow runs without heartbeats as crashed"
-    ends = [
-        f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
-    ]
-    automation = AutomationCore(
-        name=name,
-        description=f"A flow run whose heartbeats stop for {_HEARTBEAT_TIMEOUT} s has lost its process or its machine.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *ends},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},  # type: ignore[arg-type]
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=_HEARTBEAT_TIMEOUT),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state="CRASHED",
-                name="Crashed",
-                message="no heartbeats; retry the run: it finds jobs that are still running",
-            )
-        ],
-    )
-    with get_client(sync_client=True) as client:
-        existing = client.read_automations_by_name(name)
-        if [old.description for old in existing] == [automation.description]:
-            return  # a new one would forget the flow runs that it watches
-        for old in existing:
-            client.delete_automation(old.id)
-        client.create_automation(automation)
+            return None
 
 
 def _write_state(lock: TextIO, content: dict[str, Any]) -> None:

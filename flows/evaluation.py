@@ -12,6 +12,7 @@ from pydantic import Field
 from cluster.backends import open_backend
 from cluster.lock import no_driver, only_driver
 from flows.experiment import end_jobs_of, log_warnings, run_root
+from flows.state_watch import watched_state
 from montessori_core import layout
 from montessori_core.config import (
     RUN_NAME,
@@ -208,7 +209,7 @@ def _changed_model(run: Run, model: Model) -> list[str]:
 
 def _evaluate(evaluation: Evaluation) -> None:
     run = evaluation.run
-    with only_driver(run.folder):
+    with watched_state(), only_driver(run.folder):
         list_items(run)
         evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), evaluation.model)
         loss = summarize_loss(evaluated.losses)

@@ -18,6 +18,7 @@ from cluster.status import cancel_jobs
 from flows.disk import warn_of_run
 from flows.driver_job import check_driver_job, drive_by_job, end_driver_job
 from flows.iteration import Iteration, iteration
+from flows.state_watch import watched_state
 from montessori_core import layout
 from montessori_core.config import Cluster, Experiment
 from montessori_core.errors import UserError
@@ -133,7 +134,7 @@ def run_iterations(run: Run, when_unapproved: WhenUnapproved, approve: bool = Fa
         approve: let the run need it from now on.
     """
     scheduled = (run.folder / layout.SCHEDULE).exists()
-    with only_driver(run.folder):
+    with watched_state(), only_driver(run.folder):
         if approve:
             require_approval(run)
         check = when_unapproved if needs_approval(run) else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flows.prefect_api import answers, check_api, check_login, check_proxies
-from flows.prefect_server import starting_server
+from flows.prefect_server import host_database, starting_server
 from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
@@ -30,7 +30,7 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     """Yield the API address of the server in Prefect's settings, of one on this machine, or of one started here."""
     check_proxies()
     # In a child process: this process must not read Prefect's settings before PREFECT_API_URL is set.
-    code = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
+    code = "from prefect.settings import PREFECT_API_URL; print((PREFECT_API_URL.value() or '').rstrip('/'))"
     configured = subprocess.run(
         [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
@@ -72,7 +72,7 @@ def _start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
         # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
         return subprocess.Popen(
             [*command, "--host", _LOOPBACK, "--port", str(port)],
-            env=server_environment(port),
+            env=server_environment(port) | host_database(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -21,8 +21,12 @@ log = logging.getLogger(__name__)
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
 _PAUSE = 5.0  # seconds between two questions to a server that does not answer
-RETRY_SERVER_ERRORS = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
-"""Variables of a process that drives flows on a server whose database may restart: the server answers 500 meanwhile."""
+HEARTBEAT = 30  # seconds between heartbeats of a flow run
+DRIVER_VARIABLES = {
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # the answer while the server's database restarts
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+}
+"""Variables of a process that drives flows on a server."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
 
@@ -43,18 +47,23 @@ def check_proxies() -> None:
 
 
 @contextmanager
-def retrying_server_errors() -> Iterator[None]:
-    """Have Prefect's client retry for about a minute while the database of a server restarts.
+def driver_settings() -> Iterator[None]:
+    """Have Prefect's client retry for about a minute while the database of a server restarts, and send heartbeats often.
 
-    A driver's temporary server is exempt: its errors, such as a full disk, do not pass.
+    A driver's temporary server is exempt: its errors, such as a full disk, do not pass, and it ends with its driver.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-    from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES as setting
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_CLIENT_RETRY_EXTRA_CODES,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        temporary_settings,
+    )
 
     if PREFECT_API_URL.value() is None:
         yield
         return
-    with temporary_settings(set_defaults={setting: RETRY_SERVER_ERRORS[setting.name]}):
+    settings = (PREFECT_CLIENT_RETRY_EXTRA_CODES, PREFECT_FLOWS_HEARTBEAT_FREQUENCY)
+    with temporary_settings(set_defaults={setting: DRIVER_VARIABLES[setting.name] for setting in settings}):
         yield
 
 
@@ -66,9 +75,12 @@ def answers(api: str) -> bool:
 def problem_of(api: str) -> str | None:
     """Say why an address cannot be used as Prefect's API; None if it can."""
     import httpx  # slow, and most commands ask no server
+    from prefect.settings import PREFECT_CLIENT_CUSTOM_HEADERS
 
+    address = f"{api.rstrip('/')}/health"
+    headers = PREFECT_CLIENT_CUSTOM_HEADERS.value()  # a site's proxy may need them
     try:
-        answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
+        answer = httpx.get(address, headers=headers, timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
     except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError) as error:
         # ImportError: a SOCKS proxy without socksio; OSError: PREFECT_API_SSL_CERT_FILE cannot be read
         if "CERTIFICATE_VERIFY_FAILED" in str(error):

@@ -10,14 +10,21 @@ import gc
 import itertools
 import os
 import runpy
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from montessori_core.locks import take_lock
 
+_LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "rootfs", "apfs", "hfs")
+"""File systems of one host."""
+_DATABASE = {"connection_url", "driver", "host", "name"}
+"""Settings that choose a database."""
 _FULL_COLLECTION = 60
 """Every 60th collection includes all generations."""
 
@@ -25,11 +32,41 @@ _FULL_COLLECTION = 60
 @contextmanager
 def starting_server() -> Iterator[None]:
     """Hold a lock while a server starts: two servers that create or migrate one SQLite database at once fail."""
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "montessori-server.lock").open("w") as lock:
+    with (_home() / "montessori-server.lock").open("w") as lock:
         take_lock(lock, fcntl.LOCK_EX)
         yield
+
+
+def host_database() -> dict[str, str]:
+    """Return variables for a server of this host, so that it opens no SQLite file that a server of another host may open.
+
+    In a home folder that hosts share, the first host keeps Prefect's default file with its runs; each other has its own.
+    """
+    from prefect.settings import get_current_settings
+
+    home, host = _home(), socket.gethostname()
+    if not _is_shared(home) or get_current_settings().server.database.model_fields_set & _DATABASE:
+        return {}
+    owner = home / "montessori-database-host"
+    with suppress(FileExistsError), owner.open("x") as file:
+        file.write(host)
+    if owner.read_text() == host:
+        return {}
+    return {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / f'prefect-{host}.db'}"}
+
+
+def _home() -> Path:
+    """Return Prefect's folder; make it if it is missing."""
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+def _is_shared(folder: Path) -> bool:
+    """Return whether other hosts may have a folder, too."""
+    folder = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.is_relative_to(mount.mountpoint)]
+    return bool(mounts) and max(mounts, key=lambda mount: len(mount.mountpoint)).fstype not in _LOCAL
 
 
 def collect_in_thread(pause: float = 1.0) -> None:

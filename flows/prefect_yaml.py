@@ -1,22 +1,37 @@
 """Read the deployments of a `prefect.yaml` and their configurations."""
 
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
 
 from montessori_core.config import Experiment, Section, Study, Tailored, parse, parse_yaml, read_yaml
 from montessori_core.errors import ConfigError
 from montessori_core.presets import find_configuration
 
+if TYPE_CHECKING:
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+
 EXPERIMENT = "flows/experiment.py:montessori"
 STUDY = "flows/study.py:compare"
 EVALUATION = "flows/evaluation.py:evaluate"
 TAILOR = "flows/tailor.py:tailor"
+Built = TypeVar("Built")
 _PARAMETERS: dict[str, tuple[str, type[Section]]] = {
     EXPERIMENT: ("experiment", Experiment),
     STUDY: ("study", Study),
     EVALUATION: ("experiment", Experiment),
     TAILOR: ("tailored", Tailored),
 }
+_TYPES: dict[str, tuple[Any, str]] = {
+    "description": (str, "a text"),
+    "tags": (list, "a list"),
+    "schedules": (list, "a list"),
+    "job_variables": (dict, "a mapping"),
+}
+"""Types of the settings of a deployment that are taken as they are, and their names in YAML."""
 _SHIPPED = Path(__file__).with_name("prefect.yaml")
 
 
@@ -41,17 +56,20 @@ def read_deployments(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of deployments ({error}); see the shipped one, {_SHIPPED}") from error
     for deployment in deployments:
-        _complete_parameters(deployment, path)
+        _complete(deployment, path)
     return deployments
 
 
-def _complete_parameters(deployment: dict[str, Any], path: Path) -> None:
+def _complete(deployment: dict[str, Any], path: Path) -> None:
     source = f"{path}, deployment {deployment.get('name')!r}"
     if not isinstance(deployment.get("name"), str):
         raise ConfigError(f"{source}: name must be a text; set it")
-    for schedule in deployment.get("schedules") or []:
-        if not isinstance(schedule, dict) or len(schedule.keys() & {"cron", "interval"}) != 1:
-            raise ConfigError(f"{source}: schedules: {schedule}: set either cron, or interval (seconds)")
+    _refuse_unknown(deployment, ("name", "entrypoint", "config", "parameters", "concurrency_limit", *_TYPES), source)
+    for key, (expected, words) in _TYPES.items():
+        if not isinstance(deployment.get(key), expected | None):
+            raise ConfigError(f"{source}: {key} must be {words}; correct it")
+    deployment["schedules"] = [_schedule(schedule, source) for schedule in deployment.get("schedules") or []]
+    deployment["concurrency_limit"] = _limit(deployment.get("concurrency_limit"), source)
     entrypoint = deployment.setdefault("entrypoint", EXPERIMENT)
     if not isinstance(entrypoint, str) or entrypoint not in _PARAMETERS:
         raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; available: {', '.join(_PARAMETERS)}")
@@ -68,6 +86,55 @@ def _complete_parameters(deployment: dict[str, Any], path: Path) -> None:
         except ConfigError as error:
             raise ConfigError(f"{source}: config: {error}") from error
     parse(kind, parameters[parameter], f"{source}: the configuration")
+
+
+def _refuse_unknown(content: Mapping[str, Any], known: Collection[str], source: str) -> None:
+    unknown = sorted(str(key) for key in content if key not in known)
+    if unknown:
+        raise ConfigError(f"{source}: no setting {unknown[0]!r}; available: {', '.join(known)}")
+
+
+def _schedule(content: Any, source: str) -> "DeploymentScheduleCreate":
+    """Return a schedule as Prefect takes it."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate  # slow, and most commands need none
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+
+    source = f"{source}: schedules: {content}"
+    if not isinstance(content, dict) or len(content.keys() & {"cron", "interval"}) != 1:
+        raise ConfigError(f"{source}: set either cron, or interval (seconds)")
+    _refuse_unknown(content, ("cron", "interval", "timezone", "active"), source)
+    times = {key: value for key, value in content.items() if key != "active"}
+    kind = CronSchedule if "cron" in content else IntervalSchedule
+    return _valid(lambda: DeploymentScheduleCreate(schedule=kind(**times), active=content.get("active", True)), source)
+
+
+def _limit(content: Any, source: str) -> "int | ConcurrencyLimitConfig | None":
+    """Return how many flow runs of a deployment run at a time, as Prefect takes it."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+
+    source = f"{source}: concurrency_limit: {content}"
+    limit: int | ConcurrencyLimitConfig | None = content
+    number = content
+    if isinstance(content, dict):
+        _refuse_unknown(content, tuple(ConcurrencyLimitConfig.model_fields), source)
+        config = _valid(lambda: ConcurrencyLimitConfig(**content), source)
+        limit, number = config, config.limit
+    if number is not None and (type(number) is not int or number < 1):
+        raise ConfigError(f"{source}: set a number from 1, or limit and collision_strategy (ENQUEUE or CANCEL_NEW)")
+    return limit
+
+
+def _valid(build: Callable[[], Built], source: str) -> Built:
+    """Return what a model of Prefect makes of a setting.
+
+    Raises:
+        ConfigError: the setting is not valid.
+    """
+    try:
+        return build()
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError(f"{source}: {'; '.join(problems)}") from error
 
 
 def _read_content(config: Path, kind: type[Section], folder: Path) -> dict[str, Any]:

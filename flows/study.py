@@ -18,6 +18,7 @@ from flows.learning import follow_teacher
 from flows.methods import REGISTRY
 from flows.methods.method import Feedback, Method, Proposal, Round
 from flows.methods.montessori import MONTESSORI
+from flows.state_watch import watched_state
 from flows.study_result import Cost, EqualTokens, MethodResults, StudyOutcome, write_comparison
 from montessori_core import layout
 from montessori_core.config import RUN_NAME, Experiment, Study, read_yaml, write_yaml
@@ -241,7 +242,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     copies: dict[str, list[list[Row]]] = {method.name: [] for method in methods}
     equal = EqualTokens([], {method.name: [] for method in methods if not method.trains_student})
     learned: list[Row] = []
-    with only_driver(folder):
+    with watched_state(), only_driver(folder):
         first = seeded[0].run
         for seed in seeded:
             for run in (seed.run, *seed.others):

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from prefect.server.api.server import SubprocessASGIServer, create_app
 from prefect.settings import get_current_settings
 
-from flows.prefect_server import collect_in_thread
+from flows.prefect_server import collect_in_thread, host_database
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,6 +31,7 @@ class TemporaryServer(SubprocessASGIServer):
             [sys.executable, "-P", "-m", __name__, str(self.port)],
             env={
                 **os.environ,
+                **host_database(),
                 **get_current_settings().to_environment_variables(exclude_unset=True),
                 "PREFECT_UI_ENABLED": "0",
                 _DRIVER: str(os.getpid()),

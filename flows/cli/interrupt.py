@@ -16,7 +16,7 @@ from cluster.backends.sbatch import DRIVER_JOB
 from cluster.lock import driven_folder, no_driver
 from cluster.status import cancel_jobs
 from flows.cli.console import console
-from flows.prefect_api import check_proxies, problem_of, retrying_server_errors, wait_for_api
+from flows.prefect_api import check_proxies, driver_settings, problem_of, wait_for_api
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 
@@ -76,7 +76,7 @@ def interruptible(run_flow: Callable[[], object], folder: Path, cluster: Cluster
     api = _open_api()
     signal.signal(signal.SIGINT, interrupt)
     try:
-        with retrying_server_errors():
+        with driver_settings():
             run_flow()
     except BaseException as error:
         if _cause(error, "DriverStopped"):

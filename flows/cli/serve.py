@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import console
-from flows.prefect_api import RETRY_SERVER_ERRORS
+from flows.prefect_api import DRIVER_VARIABLES
 
 DeploymentsFile = Annotated[
     Path | None, typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one.")
@@ -43,8 +43,8 @@ def deploy(
 
 
 def _set_prefect_defaults() -> None:
-    """Set variables for flow runs, before Prefect is imported: its logs, and how patient its client is."""
-    for name, value in RETRY_SERVER_ERRORS.items():
+    """Set variables for flow runs, before Prefect is imported: its logs, how patient its client is, and heartbeats."""
+    for name, value in DRIVER_VARIABLES.items():
         os.environ.setdefault(name, value)
     del os.environ["PREFECT_INTERNAL_LOGGING_LEVEL"]
     if os.environ["PREFECT_LOGGING_LEVEL"] == "CRITICAL":  # the default of other commands

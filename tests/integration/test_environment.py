@@ -15,6 +15,7 @@ from unittest.mock import patch
 import httpx
 import psutil
 import pytest
+from prefect.settings import PREFECT_CLIENT_CUSTOM_HEADERS, temporary_settings
 
 from cluster.fanout import fan_out
 from cluster.import_path import check_import_path
@@ -127,9 +128,9 @@ def test_deployed_flows_import_installed_packages(tmp_path: Path) -> None:
 
 
 def test_deployments_name_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments, "_has_schedules", lambda deployment: False)
+    monkeypatch.setattr(deployments, "_registered", lambda deployment: None)
     shipped = read_deployments(ROOT / "flows" / "prefect.yaml")
-    entrypoints = {deployments._to_deployment(deployment, None).entrypoint for deployment in shipped}
+    entrypoints = {deployments._to_deployment(deployment, "pool").entrypoint for deployment in shipped}
     assert entrypoints == {f"montessori_entry.{name}" for name in FLOWS}
 
 
@@ -373,6 +374,33 @@ def test_other_server_is_not_prefect(tmp_path: Path) -> None:
     server.server_close()
     assert "no Prefect server answers" in str(problem_of("http://no such host"))
     assert "no Prefect server answers" in str(problem_of(url))
+
+
+def test_server_behind_login_proxy_gets_headers() -> None:
+    """The proxy redirects requests without its header to a page, as those of sites do; a slash ends the address."""
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers.get("CF-Access-Client-Id") == "mine"
+            status = (
+                200 if (known and self.path == "/api/health") or self.path == "/login" else 302 if not known else 404
+            )
+            self.send_response(status)
+            self.send_header("Location", "/login")
+            self.send_header("Content-Type", "application/json" if known else "text/html")
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = f"http://127.0.0.1:{server.server_port}/api/"
+        assert "not Prefect's API" in str(problem_of(api))
+        with temporary_settings({PREFECT_CLIENT_CUSTOM_HEADERS: {"CF-Access-Client-Id": "mine"}}):
+            assert problem_of(api) is None
+        server.shutdown()
 
 
 @pytest.mark.slow

@@ -2,21 +2,24 @@
 
 import threading
 from contextlib import suppress
+from datetime import timedelta
 from http.client import HTTPConnection
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
 from rich.console import Console
 
 from flows import evaluation, experiment, tailor
 from flows.deployments import warn_of_job_variables
 from flows.local_server import served_reports
+from flows.prefect_server import host_database
 from flows.prefect_yaml import find_deployments, read_deployments
 from montessori_core.config import Study, read_study
 from montessori_core.errors import ConfigError, UserError
@@ -38,10 +41,10 @@ def test_shipped_deployments_match_configurations() -> None:
         assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
     for deployment in experiments:
         assert deployment["parameters"].keys() == {"experiment"}
-        assert deployment["concurrency_limit"]["limit"] == 1
+        assert deployment["concurrency_limit"].limit == 1
     shipped = read_study(CONFIGS / "studies" / "quickstart.yaml")
     assert Study.model_validate(study["parameters"]["study"]) == shipped
-    assert study["concurrency_limit"]["limit"] == 1
+    assert study["concurrency_limit"].limit == 1
 
 
 def test_invalid_deployment_is_refused_by_name(tmp_path: Path) -> None:
@@ -74,11 +77,51 @@ def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),
         ({"config": "quickstart", "entrypoint": "flows/x.py:y"}, "no entrypoint 'flows/x.py:y'"),
         ({"config": "quickstart", "schedules": [{"rrule": "FREQ=DAILY"}]}, "schedules: .*set either cron, or interval"),
+        ({"config": "quickstart", "schedules": [{"cron": "0 20 * * 9"}]}, "schedules: .*cron: .*Invalid cron string"),
+        (
+            {"config": "quickstart", "schedules": [{"cron": "0 20 * * 5", "timezone": "Europe/Berln"}]},
+            "schedules: .*timezone: .*Europe/Berln",
+        ),
+        ({"config": "quickstart", "schedules": [{"interval": "daily"}]}, "schedules: .*interval: .*valid timedelta"),
+        ({"config": "quickstart", "schedules": [{"interval": 0}]}, "schedules: .*interval: .*greater than"),
+        (
+            {"config": "quickstart", "schedules": [{"interval": 60, "active": "perhaps"}]},
+            "schedules: .*active: .*boolean",
+        ),
+        (
+            {"config": "quickstart", "schedules": [{"interval": 60, "parameters": {"add_iterations": 1}}]},
+            "schedules: .*no setting 'parameters'; available: cron, interval, timezone, active",
+        ),
+        ({"config": "quickstart", "schedules": {"interval": 60}}, "schedules must be a list"),
+        (
+            {"config": "quickstart", "schedule": [{"interval": 60}]},
+            "no setting 'schedule'; available: name, .*schedules",
+        ),
+        (
+            {"config": "quickstart", "concurrency_limit": {"limit": 1, "collision_strategy": "QUEUE"}},
+            "concurrency_limit: .*collision_strategy: .*'ENQUEUE' or 'CANCEL_NEW'",
+        ),
+        (
+            {"config": "quickstart", "concurrency_limit": {"limit": 1, "strategy": "ENQUEUE"}},
+            "concurrency_limit: .*'strategy'",
+        ),
+        ({"config": "quickstart", "concurrency_limit": "one"}, "concurrency_limit: one: set a number"),
+        ({"config": "quickstart", "tags": "montessori"}, "tags must be a list"),
     ],
 )
 def test_bad_deployment_is_refused(deployment: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"prefect.yaml, deployment 'mine': {message}"):
         read_deployments(written(tmp_path, **deployment))
+
+
+def test_schedules_and_limits_are_prefects(tmp_path: Path) -> None:
+    schedules = [{"cron": "0 20 * * 5", "timezone": "Europe/Berlin"}, {"interval": 86400, "active": False}]
+    path = written(tmp_path, config="quickstart", schedules=schedules, concurrency_limit=2)
+    [deployment] = read_deployments(path)
+    weekly, daily = deployment["schedules"]
+    assert (weekly.schedule.cron, weekly.schedule.timezone, weekly.active) == ("0 20 * * 5", "Europe/Berlin", True)
+    assert (daily.schedule.interval, daily.active) == (timedelta(days=1), False)
+    assert deployment["concurrency_limit"] == 2
 
 
 def test_deployment_without_name_is_refused(tmp_path: Path) -> None:
@@ -144,3 +187,20 @@ def test_shipped_file_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_deployments() == ROOT / "flows" / "prefect.yaml"
     written(tmp_path, config="quickstart")
     assert find_deployments() == Path("prefect.yaml")
+
+
+def test_hosts_that_share_a_home_have_own_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first keeps Prefect's default one: its runs are in it."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    assert host_database() == {}  # of a disk of this machine
+    mount = SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")
+    monkeypatch.setattr("flows.prefect_server.psutil.disk_partitions", lambda all: [mount])
+    found = []
+    for host in ("login1", "login2", "login1"):
+        monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda host=host: host)
+        found.append(host_database())
+    own = f"sqlite+aiosqlite:///{tmp_path / 'prefect-login2.db'}"
+    assert found == [{}, {"PREFECT_SERVER_DATABASE_CONNECTION_URL": own}, {}]
+    monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda: "login2")
+    with temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: "postgresql+asyncpg://server/prefect"}):
+        assert host_database() == {}
