@@ -108,7 +108,7 @@ class _Driver:
         self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
         self._losses = Losses()
-        self._openings = Openings(resources.infrastructure_retries)
+        self._openings = Openings(resources.infrastructure_retries, resources.parallel_jobs)
         limit = resources.exclude_node_after if cluster.profile != "local" else 0
         self._nodes = BadNodes(stage.name, self._backend, self._openings, limit)
         self._lost: list[tuple[Submission, str, Task]] = []  # jobs whose loss is not handled yet
@@ -254,7 +254,7 @@ class _Driver:
             if failure is not None and failure.job_id == reported.job_id:
                 first, reported = index, failure
         node, openings = reported.node or self._stage.node_of(job_id), self._openings
-        of_shard = reported.loading and openings.jobs  # the program opened for the rows of others
+        of_shard = reported.loading and bool(openings.jobs)  # the program opened for the rows of others
         if reported.opening and not of_shard:
             self._handle_failed_opening(submission, job_id, node, reported, started)
             return
@@ -275,14 +275,13 @@ class _Driver:
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         allowed = allowed_retries(kind, self._resources.infrastructure_retries)
-        unopened = openings.may_explain(kind)
-        ends = unopened and self._ends_stage(job_id, node, kind, started) and self._losses.shards(kind) > 1
-        if not unopened:
-            self._nodes.count(node, kind, first)
+        self._nodes.count(node, kind, first)
+        ends = (of_shard or openings.may_explain(kind)) and self._gives_up(job_id, node, kind, started, first)
         if ends or losses > allowed:
-            often = f"{losses} times" if losses > allowed else "no job has computed anything"
+            often = f"{losses} times" if losses > allowed else "so did jobs of other shards"
             reason = f"{reason}; {often}{REMEDIES.get(kind, '')}"
-            self._fail(self._undone() if ends else {first}, reported.kind or kind, reason, submission, job_id)
+            hit = self._end_unopened_jobs() if ends else {first}
+            self._fail(hit, reported.kind or kind, reason, submission, job_id)
             noted = reported.model_copy(update={"kind": reported.kind or kind, "error": reason})
             write_json(noted.model_dump(by_alias=True), self._stage.failure_file(first))
             return
@@ -296,28 +295,30 @@ class _Driver:
         self, submission: Submission, job_id: str, node: str | None, failure: Failure, started: Set[str]
     ) -> None:
         """Try again to open the program, or fail all shards but those of jobs that have opened it."""
-        openings = self._openings
-        loss = openings.loss_of(failure.kind)
-        if self._ends_stage(job_id, node, failure.kind, started):
-            opened = {job: task for job, task in self._alive.items() if own_id(job) in openings.jobs}
+        loss = self._openings.loss_of(failure.kind)
+        self._nodes.count_opening(node, own_id(job_id), started)
+        if self._gives_up(job_id, node, failure.kind, started):
             reason = f"{failure.error}{REMEDIES.get(failure.kind, '')}"
-            hit = self._undone() - {index for task in opened.values() for index in task}
-            self._fail(hit, failure.kind, reason, submission, job_id)
-            for job in self._alive.keys() - opened.keys() if opened else ():
-                self._backend.cancel_lost(job, loss)
+            self._fail(self._end_unopened_jobs(), failure.kind, reason, submission, job_id)
             return
         self._backend.cancel_lost(job_id, loss)
         submission.lost[job_id] = loss
-        backoff = self._pause(openings.failures - 1)
+        backoff = self._pause(self._openings.failures - 1)
         name = self._stage.name
         log.warning("%s: job %s on %s: %s; trying again in %.0f s", name, job_id, node, failure.error, backoff)
 
-    def _ends_stage(self, job_id: str, node: str | None, kind: str, started: Set[str]) -> bool:
-        """Count a failure to open the program; return whether it ends the stage."""
-        self._nodes.count_opening(node, own_id(job_id), started)
-        self._openings.count_failure(own_id(job_id), node, kind, started, self._nodes.others)
+    def _gives_up(self, job_id: str, node: str | None, kind: str, started: Set[str], shard: int | None = None) -> bool:
+        """Count a failure to open the program, of which `shard` may be the cause; return whether it ends the stage."""
+        self._openings.count_failure(own_id(job_id), node, kind, started, self._nodes.others, shard)
         self._nodes.keep_away(self._alive)
-        return self._openings.end_stage(kind, self._nodes.others)
+        return self._openings.end_stage(kind, self._nodes.others, shard)
+
+    def _end_unopened_jobs(self) -> set[int]:
+        """Let jobs that have opened the program finish, and end the others; return the shards that no job computes."""
+        opened = {job: task for job, task in self._alive.items() if own_id(job) in self._openings.jobs}
+        for job in self._alive.keys() - opened.keys() if opened else ():
+            self._backend.cancel_lost(job, "lost")
+        return self._undone() - {index for task in opened.values() for index in task}
 
     def _undone(self) -> set[int]:
         return set(range(len(self._shards))) - self._done

@@ -65,7 +65,7 @@ class BadNodes:
         The first call lets the jobs of an earlier driver run everywhere: it does not know why nodes were avoided.
         """
         now, excluded, failed = time.monotonic(), self._excluded, self._openings.nodes
-        just_failed = frozenset(node for node in failed if now < self._failed_at[node] + _PAUSE)
+        just_failed = frozenset(node for node in failed if now < self._failed_at.get(node, -math.inf) + _PAUSE)
         bad = excluded, failed, just_failed
         if bad == self._seen and now < self._next_look:
             return

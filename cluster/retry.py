@@ -80,10 +80,6 @@ class Losses:
         self._counts[loss] = self._counts.get(loss, 0) + 1
         return self._counts[loss]
 
-    def shards(self, kind: str) -> int:
-        """Return how many shards were lost to a cause."""
-        return sum(lost == kind for _, lost in self._counts)
-
 
 class Openings:
     """Decides what follows when jobs end before they have computed anything: is it the node, the program or the shard?
@@ -92,21 +88,22 @@ class Openings:
     job opens the program.
 
     * Jobs that ran at the same time count once: a file server may hinder them together.
-    * A node counts once, while another one can run the jobs. For a minute it gets none (`cluster.nodes.BadNodes`).
+    * A node counts once, while another one can run the jobs. After an error it gets none for a minute
+      (`cluster.nodes.BadNodes`).
     * The stage ends when failures of one class count more often than a shard may be lost to it, and at least twice; at once
       if the disk is full; and, if no job of the stage has opened the program, when the code failed on two nodes, or on the
       only one that can run the jobs. Jobs that have opened the program finish.
-    * No shard uses up retries, unless the cause may be the shard: a job that dies without an error of its own counts against
-      its shard, and here until the program has opened, but one shard alone ends no stage; a program that loads at its first
-      rows (`NotOpened`) counts against the shard alone, once it has loaded in another job.
+    * No shard uses up retries, unless the cause may be the shard. This is so if a job dies without an error of its own before
+      the program has opened; and once it has, if it does not load for the rows of a shard (`NotOpened`), for which no node is
+      avoided. Such a failure ends the stage only if more shards than run at a time failed so in the row.
 
     Attributes:
         jobs: jobs that have opened the program, by the ids that they know.
         nodes: nodes where it did not open in this row.
     """
 
-    def __init__(self, infrastructure_retries: int) -> None:
-        self._retries = infrastructure_retries
+    def __init__(self, infrastructure_retries: int, parallel_jobs: int) -> None:
+        self._retries, self._parallel_jobs = infrastructure_retries, parallel_jobs
         self.jobs: set[str] = set()
         self._begin_row()
 
@@ -115,6 +112,7 @@ class Openings:
         self._failures: Counter[str] = Counter()
         self._of_code: frozenset[str] = frozenset()
         self.nodes: frozenset[str] = frozenset()
+        self._shards: set[int] = set()
 
     @property
     def failures(self) -> int:
@@ -127,7 +125,15 @@ class Openings:
             self.jobs |= jobs
             self._begin_row()
 
-    def count_failure(self, job_id: str, node: str | None, kind: str, started: Set[str], other_node: bool) -> None:
+    def count_failure(
+        self,
+        job_id: str,
+        node: str | None,
+        kind: str,
+        started: Set[str],
+        other_node: bool,
+        shard: int | None = None,
+    ) -> None:
         """Count a job that did not open the program, for an error of class `kind`.
 
         Args:
@@ -136,6 +142,7 @@ class Openings:
             kind: class of the error, or of the loss.
             started: jobs that have started by now.
             other_node: whether jobs can run on a node where the program did not fail in this row.
+            shard: the shard, if it may be the cause.
         """
         if job_id not in self._together and not (node in self.nodes and other_node):
             self._together = started
@@ -143,6 +150,7 @@ class Openings:
         here = frozenset({node} if node else ())
         self.nodes |= here
         self._of_code |= here if kind in _OF_CODE else frozenset()
+        self._shards |= set() if shard is None else {shard}
 
     @staticmethod
     def loss_of(kind: str) -> str:
@@ -153,14 +161,16 @@ class Openings:
         """Return whether a job that was lost without an error of its own may not have opened the program."""
         return not self.jobs and kind in ("lost", "out_of_memory")
 
-    def end_stage(self, kind: str, other_node: bool) -> bool:
-        """Return whether the failures end the stage; the last was of class `kind`, for `other_node` see `count_failure`."""
+    def end_stage(self, kind: str, other_node: bool, shard: int | None = None) -> bool:
+        """Return whether the failures end the stage; the arguments are those of `count_failure` for the last one."""
         if kind in _OF_CODE and not self.jobs:
             only_node = not other_node and self.nodes == self._of_code
             if len(self._of_code) > 1 or only_node:
                 return True
         if self.loss_of(kind) in NOT_RETRIED:
             return True
+        if shard is not None and len(self._shards) <= self._parallel_jobs:
+            return False
         # Even if shards are not retried: one broken node must not end a stage.
         return self._failures[kind] > max(1, allowed_retries(kind, self._retries))
 

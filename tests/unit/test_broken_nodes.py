@@ -187,7 +187,9 @@ def test_program_whose_jobs_die_at_start_ends_the_stage(
         job.ended = True
 
     slurm = open_slurm(act, reason=reason)
-    with pytest.raises(ShardsFailed, match=f"80 of 80 shards failed.*\n.*{kind}.*no job has computed") as failure:
+    with pytest.raises(
+        ShardsFailed, match=f"80 of 80 shards failed.*\n.*{kind}.*so did jobs of other shards"
+    ) as failure:
         run(slurm, 80, monkeypatch, infrastructure_retries=1)
     assert len(failure.value.failures) == 80
     assert sum(slurm.starts.values()) <= 32
@@ -231,6 +233,21 @@ def test_program_that_loads_for_other_shards_fails_one_shard(
         run(slurm, 20, monkeypatch, infrastructure_retries=2)
     assert [(failed.shard, failed.kind) for failed in failure.value.failures] == [(11, "code_error")]
     assert [job.shard for job in slurm.jobs.values()].count(11) == 3
+
+
+@pytest.mark.guarantee("program does not open")
+def test_program_that_loads_no_more_ends_the_stage(
+    open_slurm: Callable[..., SimulatedSlurm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the retries of all shards are used up."""
+
+    def act(slurm: SimulatedSlurm, job: Job) -> None:
+        slurm.finish(job) if job.number < 8 else slurm.fail(job, "code_error", loading=True)
+
+    slurm = open_slurm(act)
+    with pytest.raises(ShardsFailed, match="40 of 48 shards failed"):
+        run(slurm, 48, monkeypatch, infrastructure_retries=1)
+    assert sum(slurm.starts.values()) < 48
 
 
 @pytest.mark.parametrize("nodes", [1, 8])

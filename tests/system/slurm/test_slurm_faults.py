@@ -169,10 +169,9 @@ def test_node_is_used_again_after_a_passing_fault(folder: Path, monkeypatch: pyt
     busy = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     wait_until(lambda: bool(queued(f"--jobs={busy}", "--states=RUNNING")), 60)
     excluded: list[str] = []
-    ask = ["squeue", "--me", "--noheader", "--states=PENDING", "--Format=ExcNodes"]
 
     def look(progress: Progress) -> None:
-        excluded.extend(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split())
+        excluded.extend(queued("--states=PENDING", "--format=%x"))
 
     assert local.results(run(folder, slurm=ONE_A_NODE, on_progress=look)) == EXPECTED
     assert "node1" in excluded
