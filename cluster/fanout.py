@@ -308,7 +308,7 @@ class _Driver:
         log.warning("%s: job %s on %s: %s; trying again in %.0f s", name, job_id, node, failure.error, backoff)
 
     def _gives_up(self, job_id: str, node: str | None, kind: str, started: Set[str], shard: int | None = None) -> bool:
-        """Count a failure to open the program, of which `shard` may be the cause; return whether it ends the stage."""
+        """Count a failure to open the program, which `shard` may have caused; return whether it ends the stage."""
         self._openings.count_failure(own_id(job_id), node, kind, started, self._nodes.others, shard)
         self._nodes.keep_away(self._alive)
         return self._openings.end_stage(kind, self._nodes.others, shard)
