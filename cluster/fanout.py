@@ -17,9 +17,10 @@ from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submissions
 from cluster.lock import driven_folder
+from cluster.nodes import BadNodes
 from cluster.progress import Progress, ShardFailure, measure
 from cluster.records import Failure, ShardProgress, read_record
-from cluster.retry import NOT_RETRIED, REMEDIES, Losses, NodeLosses, Openings, allowed_retries, classify_loss
+from cluster.retry import NOT_RETRIED, REMEDIES, Losses, Openings, allowed_retries, classify_loss
 from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
@@ -107,9 +108,9 @@ class _Driver:
         self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
         self._losses = Losses()
-        self._nodes = NodeLosses(stage.name, resources.exclude_node_after if cluster.profile != "local" else 0)
-        self._openings = Openings(resources.infrastructure_retries)
-        self._other_node = True  # whether jobs may run outside the nodes where the program did not open
+        self._openings = Openings(resources.infrastructure_retries, resources.parallel_jobs)
+        limit = resources.exclude_node_after if cluster.profile != "local" else 0
+        self._nodes = BadNodes(stage.name, self._backend, self._openings, limit)
         self._lost: list[tuple[Submission, str, Task]] = []  # jobs whose loss is not handled yet
         self._next_submission = 0.0
         self._running = 0
@@ -159,17 +160,18 @@ class _Driver:
     def _take_turn(self) -> bool:
         """Look at all jobs, and submit what is missing; return whether every shard is done or has failed."""
         busy = self._update()
-        self._report()
+        self._on_progress(self._measure())
+        self._nodes.keep_away(self._alive)
         if len(self._done) + len(self._failed) == len(self._shards):
             return True
         self._submit_missing(busy)
         self._duplicate_stragglers(busy)
         return False
 
-    def _report(self) -> None:
+    def _measure(self) -> Progress:
         progress = measure(self._stage, self._shards, self._done, self._failed, self._alive.values())
         self._openings.note_opened(progress.jobs)
-        self._on_progress(progress)
+        return progress
 
     def _update(self) -> set[int]:
         """Update the finished and failed shards; return the shards of running jobs."""
@@ -233,6 +235,7 @@ class _Driver:
 
     def _handle_lost_jobs(self, busy: set[int]) -> None:
         """Handle the losses that were noticed; a loss stays noted until it is handled: a file error may come between."""
+        self._measure()  # a job that has opened the program counts before one that has not
         jobs = {*self._alive, *(job_id for _, job_id, _ in self._lost)}
         started = {own_id(job_id) for job_id in jobs if self._stage.node_of(job_id)}
         while self._lost:
@@ -250,13 +253,16 @@ class _Driver:
             failure = read_record(self._stage.failure_file(index), Failure)
             if failure is not None and failure.job_id == reported.job_id:
                 first, reported = index, failure
-        node = self._stage.node_of(job_id)
-        if reported.opening:
+        node, openings = reported.node or self._stage.node_of(job_id), self._openings
+        of_shard = reported.loading and bool(openings.jobs)  # the program opened for the rows of others
+        if reported.opening and not of_shard:
             self._handle_failed_opening(submission, job_id, node, reported, started)
             return
         kind, reason = reported.kind, reported.error
-        if kind:
-            self._openings.note_opened({reported.job_id})
+        if of_shard:
+            kind = openings.loss_of(kind)
+        elif kind:
+            openings.note_opened({reported.job_id})
         if kind in NOT_RETRIED:  # the task ended at this shard and did not try the rest
             self._fail({first}, kind, reason, submission, job_id)
             return
@@ -268,11 +274,13 @@ class _Driver:
         self._backend.cancel_lost(job_id, kind)
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
+        allowed = allowed_retries(kind, self._resources.infrastructure_retries)
         self._nodes.count(node, kind, first)
-        if losses > allowed_retries(kind, self._resources.infrastructure_retries):
-            reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
-            # Of the second such shard: then the cause is the program, or the jobs' environment.
-            hit = self._undone() if self._failed and self._computes_nowhere() else {first}
+        ends = (of_shard or openings.may_explain(kind)) and self._gives_up(job_id, node, kind, started, first)
+        if ends or losses > allowed:
+            often = f"{losses} times" if losses > allowed else "so did jobs of other shards"
+            reason = f"{reason}; {often}{REMEDIES.get(kind, '')}"
+            hit = self._end_unopened_jobs() if ends else {first}
             self._fail(hit, reported.kind or kind, reason, submission, job_id)
             noted = reported.model_copy(update={"kind": reported.kind or kind, "error": reason})
             write_json(noted.model_dump(by_alias=True), self._stage.failure_file(first))
@@ -287,33 +295,30 @@ class _Driver:
         self, submission: Submission, job_id: str, node: str | None, failure: Failure, started: Set[str]
     ) -> None:
         """Try again to open the program, or fail all shards but those of jobs that have opened it."""
-        openings = self._openings
-        loss = openings.loss_of(failure.kind)
-        self._nodes.count(node, loss, job_id)
-        if openings.count_failure(own_id(job_id), node, started):
-            self._other_node = self._backend.keep_away(list(self._alive), self._nodes.excluded | openings.nodes)
-        if openings.end_stage(failure.kind, self._other_node):
-            opened = {job: task for job, task in self._alive.items() if own_id(job) in openings.jobs}
+        loss = self._openings.loss_of(failure.kind)
+        self._nodes.count_opening(node, own_id(job_id), started)
+        if self._gives_up(job_id, node, failure.kind, started):
             reason = f"{failure.error}{REMEDIES.get(failure.kind, '')}"
-            hit = self._undone() - {index for task in opened.values() for index in task}
-            self._fail(hit, failure.kind, reason, submission, job_id)
-            for job in self._alive.keys() - opened.keys() if opened else ():
-                self._backend.cancel_lost(job, loss)
+            self._fail(self._end_unopened_jobs(), failure.kind, reason, submission, job_id)
             return
         self._backend.cancel_lost(job_id, loss)
         submission.lost[job_id] = loss
-        backoff = self._pause(openings.failures - 1)
+        backoff = self._pause(self._openings.failures - 1)
         name = self._stage.name
         log.warning("%s: job %s on %s: %s; trying again in %.0f s", name, job_id, node, failure.error, backoff)
 
-    def _computes_nowhere(self) -> bool:
-        """Return whether no job has computed anything, and jobs were lost on several nodes, or on the only one there is."""
-        nodes = self._nodes.lost_on
-        return not self._openings.jobs and (len(nodes) > 1 or not self._backend.keep_away([], nodes))
+    def _gives_up(self, job_id: str, node: str | None, kind: str, started: Set[str], shard: int | None = None) -> bool:
+        """Count a failure to open the program, which `shard` may have caused; return whether it ends the stage."""
+        self._openings.count_failure(own_id(job_id), node, kind, started, self._nodes.others, shard)
+        self._nodes.keep_away(self._alive)
+        return self._openings.end_stage(kind, self._nodes.others, shard)
 
-    def _avoided(self) -> frozenset[str]:
-        """Return the nodes that get no jobs now."""
-        return self._nodes.excluded | (self._openings.nodes if self._other_node else frozenset())
+    def _end_unopened_jobs(self) -> set[int]:
+        """Let jobs that have opened the program finish, and end the others; return the shards that no job computes."""
+        opened = {job: task for job, task in self._alive.items() if own_id(job) in self._openings.jobs}
+        for job in self._alive.keys() - opened.keys() if opened else ():
+            self._backend.cancel_lost(job, "lost")
+        return self._undone() - {index for task in opened.values() for index in task}
 
     def _undone(self) -> set[int]:
         return set(range(len(self._shards))) - self._done
@@ -333,14 +338,13 @@ class _Driver:
         missing = sorted(self._undone() - self._failed.keys() - busy)
         if not missing or time.monotonic() < self._next_submission:
             return
-        avoid = self._avoided()
-        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, avoid)
+        tasks = self._backend.plan_jobs(missing, self._resources.parallel_jobs - self._running, self._nodes.avoided)
         if not tasks:
             return
         # The scheduler may have accepted jobs without our learning of it.
         unknown = [submission for submission in self._ledger.open_submissions() if submission.ids is None]
         close_submissions(self._ledger, self._cluster, unknown)
-        self._submit(tasks, avoid)
+        self._submit(tasks, self._nodes.avoided)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
         name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
@@ -378,7 +382,7 @@ class _Driver:
                     running[left[0]] = job_id, left
                 elif left and submission.missed.get(job_id, 0) < self._backend.polls_until_lost:
                     waiting = True
-        now, avoid = time.monotonic(), self._avoided()
+        now, avoid = time.monotonic(), self._nodes.avoided
         self._stopwatch.update(set(running), self._done, now)
         if waiting:
             return  # a copy would take the slot of a shard that waits

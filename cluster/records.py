@@ -75,12 +75,18 @@ class DraftRows(Record):
 
 
 class Failure(Record):
-    """Why a shard failed; `opening` is true if the program failed to open, or to load at its first rows."""
+    """Why a shard failed.
+
+    `opening` is true if the program failed to open, or to load at the shard's rows; `loading` only for the latter. `node` is
+    that of the process that failed; earlier versions recorded neither.
+    """
 
     job_id: str
     attempt: str
     kind: str = Field(alias="class")
     opening: bool
+    loading: bool = False
+    node: str | None = None
     error: str
     traceback: str
 

@@ -1,18 +1,14 @@
-"""Which losses and failures are retried, and how often, which nodes a stage stops using, and what ends it."""
+"""Which losses and failures are retried, how often, and what ends a stage."""
 
-import logging
+from collections import Counter
 from collections.abc import Set
-
-log = logging.getLogger(__name__)
 
 _NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that do not count against a shard that advances
 NOT_RETRIED = ("code_error", "disk_full", "gpu_out_of_memory")
 """Classes that a job reports; a retry would fail again."""
-_OF_NODES_AT_OPENING = (
-    "code_error",
-    "gpu_out_of_memory",
-)  # a library is missing there, or its GPU is smaller or in use
-_OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
+OF_NODES = ("lost", "node_failure", "file_system")  # classes whose cause may be the node
+# At opening, too: a library is missing there, or its GPU is smaller or in use.
+_OF_CODE = ("code_error", "gpu_out_of_memory")
 _CONTINUE = "montessori run RUN_DIR/config.yaml --set"
 REMEDIES = {
     "file_system": "; check the mounts of these nodes and their file servers",
@@ -85,94 +81,98 @@ class Losses:
         return self._counts[loss]
 
 
-class NodeLosses:
-    """Tells broken nodes from broken shards: a node that lost several shards is excluded from the stage.
-
-    Attributes:
-        excluded: nodes that get no more of the stage.
-    """
-
-    def __init__(self, stage: str, limit: int) -> None:
-        """Exclude a node after `limit` losses of the stage of this name; 0: none is excluded."""
-        self._stage, self._limit = stage, limit
-        self._lost: dict[str, set[int | str]] = {}
-        self.excluded: frozenset[str] = frozenset()
-
-    @property
-    def lost_on(self) -> frozenset[str]:
-        """Nodes that lost a shard or job."""
-        return frozenset(self._lost)
-
-    def count(self, node: str | None, kind: str, shard_or_job: int | str) -> None:
-        """Count a shard that was lost on a node, or a job that was lost at opening; a shard lost again counts once."""
-        if node is None or kind not in _OF_NODES:
-            return
-        lost = self._lost.setdefault(node, set())
-        lost.add(shard_or_job)
-        if len(lost) == self._limit and node not in self.excluded:
-            log.warning(
-                "%s: node %s lost %d shards or jobs; it gets no more of this stage", self._stage, node, self._limit
-            )
-            self.excluded |= {node}
-
-
 class Openings:
-    """Tells broken nodes from broken programs: decides when a program that does not open ends its stage.
+    """Decides what follows when jobs end before they have computed anything: is it the node, the program or the shard?
 
-    A program that no job has opened yet ends it when it fails with an error of the code on two nodes, or on the only one
-    that is up. Any other failure is tried again, on other nodes, until there were more in a row than losses of a shard are
-    allowed: a job that opens the program ends the row, and jobs that run at the same time, which a file server may hinder
-    together, count once.
+    The program has opened once a job has computed a row, or failed at one. Failures count in a row, which ends when another
+    job opens the program.
+
+    * Jobs that ran at the same time count once: a file server may hinder them together.
+    * A node counts once, while another one can run the jobs. After an error it gets none for a minute
+      (`cluster.nodes.BadNodes`).
+    * The stage ends when failures of one class count more often than a shard may be lost to it, and at least twice; at once
+      if the disk is full; and, if no job of the stage has opened the program, when the code failed on two nodes, or on the
+      only one that can run the jobs. Jobs that have opened the program finish.
+    * No shard uses up retries, unless the cause may be the shard. This is so if a job dies without an error of its own before
+      the program has opened; and once it has, if it does not load for the rows of a shard (`NotOpened`), for which no node is
+      avoided. Such a failure ends the stage only if more shards than run at a time failed so in the row.
 
     Attributes:
         jobs: jobs that have opened the program, by the ids that they know.
         nodes: nodes where it did not open in this row.
-        failures: how often it failed in this row.
     """
 
-    def __init__(self, infrastructure_retries: int) -> None:
-        self._retries = infrastructure_retries
-        self._counted: Set[str] = frozenset()
+    def __init__(self, infrastructure_retries: int, parallel_jobs: int) -> None:
+        self._retries, self._parallel_jobs = infrastructure_retries, parallel_jobs
         self.jobs: set[str] = set()
+        self._begin_row()
+
+    def _begin_row(self) -> None:
+        self._together: Set[str] = frozenset()
+        self._failures: Counter[str] = Counter()
+        self._of_code: frozenset[str] = frozenset()
         self.nodes: frozenset[str] = frozenset()
-        self.failures = 0
+        self._shards: set[int] = set()
+
+    @property
+    def failures(self) -> int:
+        """How often the program failed to open in this row."""
+        return self._failures.total()
 
     def note_opened(self, jobs: Set[str]) -> None:
         """Note jobs that have computed rows, or failed at one."""
-        if jobs <= self.jobs:
-            return
-        self.jobs |= jobs
-        self._counted, self.nodes, self.failures = frozenset(), frozenset(), 0
+        if not jobs <= self.jobs:
+            self.jobs |= jobs
+            self._begin_row()
 
-    def count_failure(self, job_id: str, node: str | None, started: Set[str]) -> bool:
-        """Note a job that did not open the program on a node; return whether it is the first there, or of its time.
+    def count_failure(
+        self,
+        job_id: str,
+        node: str | None,
+        kind: str,
+        started: Set[str],
+        other_node: bool,
+        shard: int | None = None,
+    ) -> None:
+        """Count a job that did not open the program, for an error of class `kind`.
 
         Args:
             job_id: id that the job knows.
             node: None if its record is not visible yet.
+            kind: class of the error, or of the loss.
             started: jobs that have started by now.
+            other_node: whether jobs can run on a node where the program did not fail in this row.
+            shard: the shard, if it may be the cause.
         """
-        known = self.nodes
-        self.nodes |= {node} if node else set()
-        counts = job_id not in self._counted
-        if counts:
-            self._counted = started | {job_id}
-            self.failures += 1
-        return counts or self.nodes != known
+        if job_id not in self._together and not (node in self.nodes and other_node):
+            self._together = started
+            self._failures[kind] += 1
+        here = frozenset({node} if node else ())
+        self.nodes |= here
+        self._of_code |= here if kind in _OF_CODE else frozenset()
+        self._shards |= set() if shard is None else {shard}
 
     @staticmethod
     def loss_of(kind: str) -> str:
         """Return the class of the loss of a job whose program failed to open with an error of class `kind`."""
-        return "lost" if kind in _OF_NODES_AT_OPENING else kind
+        return "lost" if kind in _OF_CODE else kind
 
-    def end_stage(self, kind: str, other_node: bool) -> bool:
-        """Return whether the failures end the stage; the last was of class `kind`, and `other_node` may be tried next."""
-        if kind in _OF_NODES_AT_OPENING and not self.jobs and (len(self.nodes) > 1 or not other_node):
-            return True
+    def may_explain(self, kind: str) -> bool:
+        """Return whether a job that was lost without an error of its own may not have opened the program."""
+        return not self.jobs and kind in ("lost", "out_of_memory")
+
+    def end_stage(self, kind: str, other_node: bool, shard: int | None = None) -> bool:
+        """Return whether the failures end the stage; the arguments are those of `count_failure` for the last one."""
+        if kind in _OF_CODE and not self.jobs:
+            only_node = not other_node and self.nodes == self._of_code
+            if len(self._of_code) > 1 or only_node:
+                return True
         if self.loss_of(kind) in NOT_RETRIED:
             return True
+        if shard is not None and len(self._shards) <= self._parallel_jobs:
+            return False
         # Even if shards are not retried: one broken node must not end a stage.
-        return self.failures > max(1, allowed_retries(kind, self._retries))
+        return self._failures[kind] > max(1, allowed_retries(kind, self._retries))
 
 
 def allowed_retries(kind: str, infrastructure_retries: int) -> int:

@@ -79,7 +79,7 @@ def run_task(folder: str, indices: list[int], threads: int, gpus: int = 0) -> No
         keep_freed_memory()
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
-    stage.record_start(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
+    stage.record_start(environment.job_id, _node(), int(_attempt()))
     with private_folders(f"{environment.job_id}-{environment.global_rank}"):
         join_processes(environment)
         _compute_shards(stage, indices, gpus, environment)
@@ -124,6 +124,8 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
                 "attempt": _attempt(),
                 "class": kind,
                 "opening": opened is None or isinstance(error, NotOpened),
+                "loading": isinstance(error, NotOpened),
+                "node": _node(),
                 "error": f"{type(error).__name__}: {error}{remedy}",
                 "traceback": traceback.format_exc(),
             }
@@ -137,6 +139,10 @@ def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: su
 def _seconds_alive() -> float:
     """Return the age of this process: a job's cost includes the interpreter's start and imports."""
     return max(0.0, seconds_since(start_time(os.getpid())))
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def _attempt() -> str:

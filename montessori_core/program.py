@@ -27,7 +27,7 @@ Compute = Callable[[list[RowT], Path, Report], None]
 
 
 class NotOpened(Exception):
-    """A program that loads its model at its first rows did not load it, so that it computes no shard here."""
+    """A program that loads its model at its first rows did not load it: it computes no shard here, or not these rows."""
 
 
 class ProcessLost(Exception):

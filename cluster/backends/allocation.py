@@ -98,12 +98,14 @@ class AllocationBackend(LocalBackend):
     ) -> list[str]:
         folder.mkdir(exist_ok=True)
         # Of other nodes srun knows nothing: an earlier driver had them, in another allocation.
-        avoid = avoid & self._nodes if self.keep_away([], avoid) else frozenset()
+        avoid = avoid & self._nodes if self.can_run_outside(avoid) else frozenset()
         return [self.start_step(self._allocation or "", name, folder, task, stage_folder, avoid) for task in tasks]
 
-    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
-        # Steps that wait for others to end are few; they keep their nodes.
+    def can_run_outside(self, nodes: frozenset[str]) -> bool:
         return not self._nodes or len(self._nodes - nodes) >= self._resources.nodes
+
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> None:
+        pass  # steps that wait for others to end are few
 
     def start_step(
         self,

@@ -55,10 +55,14 @@ class Backend(Protocol):
         """
         ...
 
-    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
-        """Keep those of these jobs that have not started away from `nodes`; return whether jobs may run on other nodes.
+    def can_run_outside(self, nodes: frozenset[str]) -> bool:
+        """Return whether jobs can run on other nodes than these; true if the scheduler does not say."""
+        ...
 
-        If they may not, nothing is changed.
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> None:
+        """Keep those of these jobs that have not started away from `nodes`, and from no others that were given before.
+
+        Nothing is changed if jobs may not run elsewhere, or the scheduler does not say.
         """
         ...
 

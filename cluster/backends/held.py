@@ -122,9 +122,12 @@ class HeldBackend(AllocationBackend):
             ids.append(job_id)
         return ids
 
-    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
+    def can_run_outside(self, nodes: frozenset[str]) -> bool:
+        return self._sbatch.can_run_outside(nodes)
+
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> None:
         held = _queued("--me", f"--name={self._name}") or []
-        return self._sbatch.keep_away([job.id for job in held if job.state in _PENDING_STATES], nodes)
+        self._sbatch.keep_away([job.id for job in held if job.state in _PENDING_STATES], nodes)
 
     def note_command(self, job_id: str, command: list[str]) -> None:
         super().note_command(job_id, command)

@@ -125,8 +125,11 @@ class LocalBackend:
                     used.update(process.environ().get("CUDA_VISIBLE_DEVICES", "").split(","))
         return [gpu for gpu in self._gpus if str(gpu) not in used]
 
-    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
+    def can_run_outside(self, nodes: frozenset[str]) -> bool:
         return False
+
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> None:
+        pass  # no job waits
 
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         pass  # all jobs of a submission run at once

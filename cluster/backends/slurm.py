@@ -212,18 +212,23 @@ class SlurmBackend:
         """Return the nodes that no job may use: those of the configuration, and `avoid`."""
         return ",".join([*([self._slurm.exclude] if self._slurm.exclude else []), *sorted(avoid)])
 
-    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> bool:
-        if not nodes:
-            return True
-        # Ask first: if no node were left, Slurm would hold the jobs, with BadConstraints. Nodes that are down do not count.
+    def can_run_outside(self, nodes: frozenset[str]) -> bool:
+        # What is refused without nodes to exclude, too, has another cause.
+        return not nodes or self._accepts(nodes) is not False or self._accepts(frozenset()) is not True
+
+    def _accepts(self, avoid: frozenset[str]) -> bool | None:
+        """Return whether Slurm would accept a job now that may not use `avoid`, on nodes that are up; None: no answer."""
         try:
-            if check_script(self.script("check", Path(), nodes)) is not None:
-                return check_script(self.script("check", Path())) is not None  # what is refused has another cause
+            return check_script(self.script("check", Path(), avoid)) is None
         except SchedulerUnavailable:
-            return True
+            return None
+
+    def keep_away(self, ids: Sequence[str], nodes: frozenset[str]) -> None:
+        # Slurm would hold the jobs if no node were left, with BadConstraints.
+        if nodes and not self._accepts(nodes):
+            return
         for array in _arrays(ids):  # fails for tasks that have started
             run_command("scontrol", "update", f"jobid={array}", f"excnodelist={self._excluded(nodes)}")
-        return True
 
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         for array in _arrays(ids):

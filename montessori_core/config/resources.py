@@ -58,7 +58,7 @@ class Resources(Section):
         3,
         ge=0,
         description="Slurm, also in an allocation: stop using a node after the jobs of this many different shards were lost "
-        "on it; 0 is off.",
+        "on it, or the program did not open there as many times; 0 is off.",
     )
     duplicate_stragglers_after: float | None = Field(
         None,

@@ -168,6 +168,18 @@ def test_program_that_fails_to_load_late_fails_once(folder: Path) -> None:
     assert len(computed(folder)) == 1
 
 
+@pytest.mark.guarantee("program does not open")
+def test_program_that_does_not_load_for_one_shard_fails_it_alone(folder: Path) -> None:
+    """For example, vLLM has no room for its longest prompt; its job has other shards, too."""
+    waits = "\n                while not any((folder / 'stage').glob('part-*.manifest.json')): time.sleep(0.01)"
+    opens_late = 'if (folder / "opens-late").exists():'
+    (folder / "squares_program.py").write_text(PROGRAM.replace(opens_late, f'if row["n"] == 10:{waits}'))
+    with pytest.raises(ShardsFailed, match="the engine does not load; 2 times") as failure:
+        run(folder, infrastructure_retries=1)
+    assert [(failed.shard, failed.kind) for failed in failure.value.failures] == [(1, "code_error")]
+    assert sorted({*computed(folder)}) == sorted({*NUMBERS} - {11, 12})
+
+
 @pytest.mark.guarantee("program does not open on one node")
 @pytest.mark.parametrize(
     ("place", "error"),
@@ -334,6 +346,7 @@ def test_lost_peer_is_retried_within_budget(folder: Path) -> None:
 
 def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that Slurm requeues keeps its id."""
+    monkeypatch.setenv("SLURMD_NODENAME", "node3")
     for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALRANK": "0"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
     environment = submitit.JobEnvironment()
@@ -345,7 +358,9 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
         with pytest.raises((RuntimeError, ValueError, OSError)):
             _compute_shards(own, [0], 0, environment)
-        assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
+        failure = read_json(own.failure_file(0))
+        assert failure["class"] == kind  # the first error of an attempt
+        assert failure["node"] == "node3"  # whose process failed
 
 
 def test_job_without_visible_gpu_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

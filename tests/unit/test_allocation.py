@@ -296,7 +296,7 @@ def test_nodes_of_an_allocation_are_used_again_if_none_is_left(tmp_path: Path, m
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     backend = open_backend(ALLOCATION, Resources(cpus_per_process=1), None)
     one, both, earlier = frozenset({"node1"}), frozenset({"node1", "node2"}), frozenset({"node7"})
-    assert [backend.keep_away([], nodes) for nodes in (one, both, earlier)] == [True, False, True]
+    assert [backend.can_run_outside(nodes) for nodes in (one, both, earlier)] == [True, False, True]
     for number, avoid in enumerate((one, both, earlier)):
         backend.submit(f"s{number}", tmp_path / f"s{number}", [[0]], tmp_path, 1, avoid)
     wait_until(lambda: (tmp_path / "steps").exists() and (tmp_path / "steps").read_text().count("\n") == 3)

@@ -104,7 +104,7 @@ def test_alive_leaves_out_jobs_that_slurm_holds(
 def test_queued_jobs_are_kept_away_from_a_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, other_node: bool, updated: str
 ) -> None:
-    """Slurm would hold a job for which no node is left, so it is asked first."""
+    """Slurm would hold a job for which no node is left, so it is asked first. The node may be used again without asking."""
     become_login_node(
         monkeypatch,
         tmp_path,
@@ -113,8 +113,18 @@ def test_queued_jobs_are_kept_away_from_a_node(
     )
     (tmp_path / "updates").touch()
     backend = SlurmBackend(Slurm(exclude="node9"), Resources(), None)
-    assert backend.keep_away(["17_0", "17_1", "18"], frozenset({"node1"})) == other_node
+    node1, ids = frozenset({"node1"}), ["17_0", "17_1", "18"]
+    assert backend.can_run_outside(node1) == other_node
+    backend.keep_away(ids, node1)
     assert sorted((tmp_path / "updates").read_text().splitlines(True)) == updated.splitlines(True)
+    (tmp_path / "updates").write_text("")
+    backend.keep_away(ids, frozenset())
+    assert sorted((tmp_path / "updates").read_text().split()) == [
+        *["excnodelist=node9"] * 2,
+        "jobid=17",
+        "jobid=18",
+        *["update"] * 2,
+    ]
 
 
 @pytest.mark.parametrize("command", ["sbatch", "srun"])
