@@ -1,6 +1,6 @@
 """Keep drivers running while Prefect's server is away: Prefect itself would end them.
 
-Both functions replace a function of Prefect in one of its modules; without it, they change nothing.
+Both functions replace a function in modules of Prefect; where it is missing, they change nothing.
 """
 
 import asyncio

@@ -129,8 +129,8 @@ def test_run_of_limited_deployment_outlives_its_server(finished_run: Path, tmp_p
     """A server that keeps slots in memory has lost the run's when it is back; ours keep them in files."""
     folder, port = tmp_path.resolve(), free_port()
     home = shutil.copytree(finished_run / "prefect", folder / "server")
-    slots = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": f"prefect.server.concurrency.lease_storage.{storage}"}
-    settings = slots if storage == "memory" else {}
+    in_memory = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.memory"}
+    settings = in_memory if storage == "memory" else {}
     run = Path(shutil.copytree(finished_run / "runs" / "tiny", folder / "runs" / "tiny"))
     evaluation = run / "iteration-1" / "evaluation"
     shutil.rmtree(evaluation)
