@@ -28,18 +28,18 @@ _SERVER_TIMEOUT = 180.0  # seconds; a first start migrates a database
 @contextmanager
 def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     """Yield the API address of the server in Prefect's settings, of one on this machine, or of one started here."""
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import PREFECT_API_URL
+
     check_proxies()
-    # In a child process: this process must not read Prefect's settings before PREFECT_API_URL is set.
-    code = "from prefect.settings import PREFECT_API_URL; print((PREFECT_API_URL.value() or '').rstrip('/'))"
-    configured = subprocess.run(
-        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.strip()
+    configured = (PREFECT_API_URL.value() or "").rstrip("/")
     if configured:
         check_api(configured)
         yield configured
         return
     api = f"http://{_LOOPBACK}:{port}/api"
     os.environ["PREFECT_API_URL"] = api
+    refresh_global_settings_context()  # Prefect has read its settings before
     if answers(api):
         check_login(api)
         yield api
