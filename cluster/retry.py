@@ -25,7 +25,7 @@ _LESS_GPU_MEMORY = {
     "teacher_update": "--set teacher_update.micro_batch_size=1, --set zero.offload=optimizer, a smaller "
     "teacher_update.max_length, or more processes (cluster.resources.teacher_update), see `montessori plan`",
     "influence": "a smaller influence.reference_batch_tokens, or --set influence.dtype=bfloat16, see `montessori plan`",
-    "evaluation": "--set benchmarks.batch_size=1",
+    "evaluation": "--set benchmarks.batch_size=1 (benchmarks), or a smaller influence.reference_batch_tokens (held-out loss)",
 }
 """Settings that may change in a started run, by the kind of a stage."""
 
