@@ -236,8 +236,10 @@ class _Driver:
     def _handle_lost_jobs(self, busy: set[int]) -> None:
         """Handle the losses that were noticed; a loss stays noted until it is handled: a file error may come between."""
         self._measure()  # a job that has opened the program counts before one that has not
-        jobs = {*self._alive, *(job_id for _, job_id, _ in self._lost)}
-        started = {own_id(job_id) for job_id in jobs if self._stage.node_of(job_id)}
+        lost = {
+            own_id(job_id) for _, job_id, _ in self._lost
+        }  # at once: they count once, even if they waited in the queue
+        started = lost | {own_id(job_id) for job_id in self._alive if self._stage.node_of(job_id)}
         while self._lost:
             submission, job_id, task = self._lost[0]
             settled = self._done | self._failed.keys() | busy
@@ -258,10 +260,8 @@ class _Driver:
         if reported.opening and not of_shard:
             self._handle_failed_opening(submission, job_id, node, reported, started)
             return
-        kind, reason = reported.kind, reported.error
-        if of_shard:
-            kind = openings.loss_of(kind)
-        elif kind:
+        reason, kind = reported.error, openings.loss_of(reported.kind) if of_shard else reported.kind
+        if kind and not of_shard:
             openings.note_opened({reported.job_id})
         if kind in NOT_RETRIED:  # the task ended at this shard and did not try the rest
             self._fail({first}, kind, reason, submission, job_id)
@@ -275,7 +275,10 @@ class _Driver:
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         allowed = allowed_retries(kind, self._resources.infrastructure_retries)
-        self._nodes.count(node, kind, first)
+        if not of_shard:
+            self._nodes.count(node, kind, first)
+        elif reported.job_id not in openings.jobs:  # it may be the node
+            self._nodes.count_opening(node, own_id(job_id), started)
         ends = (of_shard or openings.may_explain(kind)) and self._gives_up(job_id, node, kind, started, first)
         if ends or losses > allowed:
             often = f"{losses} times" if losses > allowed else "so did jobs of other shards"
@@ -286,10 +289,8 @@ class _Driver:
             write_json(noted.model_dump(by_alias=True), self._stage.failure_file(first))
             return
         submission.lost[job_id] = kind
-        backoff = self._pause(losses - 1)
-        log.warning(
-            "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff
-        )
+        name, backoff = self._stage.name, self._pause(losses - 1)
+        log.warning("%s: job %s: %s; submitting shard %d again in %.0f s", name, job_id, reason, first, backoff)
 
     def _handle_failed_opening(
         self, submission: Submission, job_id: str, node: str | None, failure: Failure, started: Set[str]

@@ -94,8 +94,8 @@ class Openings:
       if the disk is full; and, if no job of the stage has opened the program, when the code failed on two nodes, or on the
       only one that can run the jobs. Jobs that have opened the program finish.
     * No shard uses up retries, unless the cause may be the shard. This is so if a job dies without an error of its own before
-      the program has opened; and once it has, if it does not load for the rows of a shard (`NotOpened`), for which no node is
-      avoided. Such a failure ends the stage only if more shards than run at a time failed so in the row.
+      the program has opened; and once it has, if it does not load for the rows of a shard (`NotOpened`). Such a failure ends
+      the stage only if more shards than run at a time failed so in the row.
 
     Attributes:
         jobs: jobs that have opened the program, by the ids that they know.

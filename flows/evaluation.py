@@ -135,6 +135,8 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     """
     experiment.cluster.resources.refuse_idle_processes(() if experiment.asks_api else ("judging",))
     commits, config = _check_folder(experiment, folder), folder / layout.CONFIG
+    if not config.exists():
+        experiment.benchmarks.refuse_equal_files()
     run, bad_rows, origins = Run(folder.resolve(), experiment), list[BadRow](), dict[str, Origin]()
     examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows, origins)
     check_benchmarks(experiment.benchmarks, {})

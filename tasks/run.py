@@ -230,6 +230,8 @@ def _check_and_write(
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     if experiment.influence != influence_before:
         experiment.influence.refuse_small_audit()
+    if not opened_before or benchmarks != benchmarks_before:
+        benchmarks.refuse_equal_files()
     check_environment(experiment)
     finished = run.finished and not changed and benchmarks == benchmarks_before
     unused = () if experiment.asks_api else ("judging",)

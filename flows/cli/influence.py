@@ -147,6 +147,7 @@ MEASUREMENT_OPTIONS = {
 """The options that `influence` and `validate` have for fields, see `names_options`."""
 STEP_OPTIONS = {
     "influence.estimator": "--estimator",
+    "influence.screening.audit_examples": "--audit-examples",
     "influence.screening.estimator": "--screen",
     "influence.sequential": "--sequential",
     "warmup.learning_rate": "the learning rate that --student was trained with",

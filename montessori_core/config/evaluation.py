@@ -1,11 +1,13 @@
 """How students are evaluated, and what is computed for comparison."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Section
 from montessori_core.config.synthesis import Sampling
+from montessori_core.errors import ConfigError
 from montessori_core.formatting import task_name
 
 
@@ -95,12 +97,26 @@ class Benchmarks(Section):
 
     @model_validator(mode="after")
     def _task_names_differ(self) -> "Benchmarks":
-        names = [task_name(task.name) for task in self.tasks]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tasks has {twice} twice; remove or rename one")
+        if twice := _first_twice([task.name for task in self.tasks]):
+            raise ValueError(f"tasks has {twice} twice; remove one")
         return self
+
+    def refuse_equal_files(self) -> None:
+        """Refuse two files of tasks with one name, which tables and reports show without their folders.
+
+        When scores are first asked for, not when a configuration is read: folders of earlier versions may have such files.
+
+        Raises:
+            ConfigError: there are two.
+        """
+        if twice := _first_twice([task_name(task.name) for task in self.tasks]):
+            raise ConfigError(f"benchmarks.tasks: two tasks are called {twice}; rename one of the files")
 
     @property
     def judged(self) -> bool:
         """Whether a benchmark needs a judge."""
         return self.alpaca_eval is not None or self.mt_bench is not None
+
+
+def _first_twice(names: Sequence[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)

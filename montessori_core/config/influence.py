@@ -157,7 +157,7 @@ class Influence(Section):
         if self.estimator == "screened" and conformal_rank(half, rate) > half:
             raise ConfigError(
                 f"influence.screening.audit_examples: {audit} are too few to tell an error that a share of {rate:g} exceeds "
-                "(influence.screening.error_rate), so that every example would be measured exactly; set at least "
+                "(error_rate), so that every example would be measured exactly; set at least "
                 f"{2 * math.ceil(1 / rate - 1)}, or influence.estimator: exact"
             )
 

@@ -5,6 +5,7 @@ The lab of the other tests has two nodes, of which the loss of one leaves one.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,10 +220,9 @@ def test_shard_whose_jobs_die_ends_no_stage(
 def test_program_that_loads_for_other_shards_fails_one_shard(
     open_slurm: Callable[..., SimulatedSlurm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its longest prompt needs too much memory. No node is avoided for it."""
+    """Its longest prompt needs too much memory."""
 
     def act(slurm: SimulatedSlurm, job: Job) -> None:
-        assert not job.avoid
         if job.shard == 11:
             slurm.fail(job, "code_error", loading=True)
         elif job.polls >= 3:
@@ -233,6 +233,49 @@ def test_program_that_loads_for_other_shards_fails_one_shard(
         run(slurm, 20, monkeypatch, infrastructure_retries=2)
     assert [(failed.shard, failed.kind) for failed in failure.value.failures] == [(11, "code_error")]
     assert [job.shard for job in slurm.jobs.values()].count(11) == 3
+
+
+@pytest.mark.guarantee("program does not open on one node")
+@pytest.mark.parametrize("kind", ["code_error", "gpu_out_of_memory", "lost"])
+def test_last_shard_that_a_broken_node_gets_is_computed_on_another(
+    open_slurm: Callable[..., SimulatedSlurm], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """vLLM has loaded on all other nodes, and they compute for long."""
+    monkeypatch.setattr("cluster.nodes._PAUSE", 60.0)
+
+    def act(slurm: SimulatedSlurm, job: Job) -> None:
+        if job.node == "n1":
+            slurm.fail(job, kind, loading=True)
+        elif job.polls == 2:
+            slurm.open_row(job)
+        elif job.polls >= 60:
+            slurm.finish(job)
+
+    slurm = open_slurm(act)
+    run(slurm, 8, monkeypatch)
+    assert slurm.starts["n1"] <= 2
+
+
+@pytest.mark.guarantee("pending tasks cancelled by someone else")
+def test_cancelled_queue_is_submitted_again(
+    open_slurm: Callable[..., SimulatedSlurm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any job has started."""
+
+    def act(slurm: SimulatedSlurm, job: Job) -> None:
+        slurm.finish(job)
+
+    slurm = open_slurm(act, reason="Slurm says CANCELLED")
+    submit = slurm.submit
+
+    def submit_and_cancel(*arguments: Any) -> list[str]:
+        ids = submit(*arguments)
+        if len(slurm.jobs) == len(ids):
+            slurm.cancel(ids)
+        return ids
+
+    monkeypatch.setattr(slurm, "submit", submit_and_cancel)
+    run(slurm, 32, monkeypatch)
 
 
 @pytest.mark.guarantee("program does not open")

@@ -145,3 +145,14 @@ def test_new_run_with_small_audit_is_refused(
         pytest.raises(UserError, match="set at least 198, or influence.estimator: exact") if refused else nullcontext()
     ):
         open_run(experiment, tmp_path / "run")
+
+
+def test_task_files_of_one_name_are_refused_in_new_runs(tiny_llama: Path, tmp_path: Path) -> None:
+    """Reports show them without their folders. A run of an earlier version is read and continued."""
+    benchmarks = {"benchmarks": {"tasks": [{"name": f"/data/{field}/exam.yaml"} for field in ("law", "medicine")]}}
+    run = tmp_path / "run"
+    write_old_run(run, tiny_llama, benchmarks)
+    old = read_experiment(run / "config.yaml")
+    open_run(old, run)
+    with pytest.raises(UserError, match="two tasks are called exam.yaml; rename one of the files"):
+        open_run(old, tmp_path / "new")
