@@ -5,8 +5,8 @@ A killed process is reported by its parent; nobody reports a lost machine.
 
 from collections.abc import Iterator
 from datetime import timedelta
+from uuid import UUID
 
-from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -20,7 +20,7 @@ from prefect.events import Event, RelatedResource, Resource
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-from flows import evaluation, experiment, iteration, learning, study, tailor, teacher_checkpoints
+from flows import evaluation, experiment, study, tailor
 from flows.state_watch import NO_HEARTBEATS
 
 _NAME = "montessori: montessori: mark flow runs without heartbeats as crashed"
@@ -30,9 +30,12 @@ away for four minutes. Flows of other programs may have the same names; they sen
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
 _PAGE = 200  # flow runs in an answer of the server, events in a request
-_MODULES = (evaluation, experiment, iteration, learning, study, tailor, teacher_checkpoints)
-FLOWS = sorted({item.name for module in _MODULES for item in vars(module).values() if isinstance(item, Flow)})
-"""Names of the flows of this program: Prefect's server tells flows apart by their names."""
+_WATCHED = (
+    *(experiment.montessori, experiment.experiment, tailor.tailor),
+    *(study.compare, study.compare_opened, evaluation.evaluate, evaluation.evaluate_opened),
+)
+FLOWS = sorted(flow.name for flow in _WATCHED)
+"""Names of the flows whose drivers watch their state (`flows.state_watch`): Prefect's server tells flows apart by names."""
 
 
 def register_crash_detection() -> None:
@@ -73,13 +76,15 @@ def _automation() -> AutomationCore:
 
 
 def _heartbeats(client: SyncPrefectClient) -> Iterator[Event]:
-    """Yield a heartbeat for each flow run that is running: if its own do not follow, its driver is lost."""
+    """Yield a heartbeat for each flow run that is running and has sent one: if others do not follow, its driver is lost."""
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
     for name in FLOWS:
         flow, offset = FlowFilter(name=FlowFilterName(any_=[name])), 0
         while page := client.read_flow_runs(flow_filter=flow, flow_run_filter=running, limit=_PAGE, offset=offset):
             offset += len(page)
             for flow_run in page:
+                if not _has_sent_heartbeats(client, flow_run.id):  # it may be of another program
+                    continue
                 related = {
                     "prefect.resource.id": f"prefect.flow.{flow_run.flow_id}",
                     "prefect.resource.role": "flow",
@@ -90,3 +95,9 @@ def _heartbeats(client: SyncPrefectClient) -> Iterator[Event]:
                     resource=Resource.model_validate({"prefect.resource.id": f"prefect.flow-run.{flow_run.id}"}),
                     related=[RelatedResource.model_validate(related)],
                 )
+
+
+def _has_sent_heartbeats(client: SyncPrefectClient, flow_run: UUID) -> bool:
+    events = {"event": {"name": [_HEARTBEAT]}, "resource": {"id": [f"prefect.flow-run.{flow_run}"]}}
+    answer = client.request("POST", "/events/filter", json={"filter": events, "limit": 1})
+    return bool(answer.json()["events"])

@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from tasks.resume import RUN_ROOT
 
 _SERVED_BY = "Served by montessori up of"
 _POLLED = 60  # seconds; a process that runs flow runs of a deployment asks for them more often
+_BETWEEN_POLLS = 20.0  # seconds; it asks every 10 to 15
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 
 
@@ -207,6 +209,10 @@ def _refuse_others(deployments: list[dict[str, Any]], pool: str | None) -> None:
         description = existing.description or ""
         if existing.work_pool_name == pool and (pool is not None or description.endswith(_served_by())):
             continue
+        time.sleep(_BETWEEN_POLLS)
+        again = _registered(deployment)
+        if again is None or again.last_polled == existing.last_polled:
+            continue  # the other process has ended
         if existing.work_pool_name is not None:
             other = f"run by the workers of work pool {existing.work_pool_name}"
         else:
@@ -214,8 +220,8 @@ def _refuse_others(deployments: list[dict[str, Any]], pool: str | None) -> None:
             other = f"served by{words.rstrip('.')}" if found else "served by another process"
         raise UserError(
             f"the Prefect server has a deployment {deployment['name']} that is {other}: both would run its flow runs. Give "
-            "yours other names in a prefect.yaml here (copy the shipped one), use a server of your own (montessori up --port "
-            f"N, without PREFECT_API_URL), or end the other one and wait {_POLLED} seconds"
+            "yours other names in a prefect.yaml here (copy the shipped one), use a server with a database of your own "
+            "(PREFECT_HOME=FOLDER montessori up --port N, without PREFECT_API_URL), or end the other one"
         )
 
 

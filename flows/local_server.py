@@ -72,7 +72,7 @@ def _start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
         # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
         return subprocess.Popen(
             [*command, "--host", _LOOPBACK, "--port", str(port)],
-            env=server_environment(port) | host_database(),
+            env=server_environment(port) | host_database(claim=True),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

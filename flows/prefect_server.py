@@ -8,13 +8,12 @@ the lock waits for the event loop, the server hangs until SQLite times out.
 import fcntl
 import gc
 import itertools
-import os
 import runpy
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -37,27 +36,34 @@ def starting_server() -> Iterator[None]:
         yield
 
 
-def host_database() -> dict[str, str]:
+def host_database(claim: bool = False) -> dict[str, str]:
     """Return variables for a server of this host, so that it opens no SQLite file that a server of another host may open.
 
-    In a home folder that hosts share, the first host keeps Prefect's default file with its runs; each other has its own.
+    In a home folder that hosts share, the first host with `montessori up` keeps Prefect's default file with its runs; each
+    other has its own.
+
+    Args:
+        claim: keep the default file for this host, unless another has it.
     """
     from prefect.settings import get_current_settings
 
     home, host = _home(), socket.gethostname()
     if not _is_shared(home) or get_current_settings().server.database.model_fields_set & _DATABASE:
         return {}
-    owner = home / "montessori-database-host"
-    with suppress(FileExistsError), owner.open("x") as file:
-        file.write(host)
-    if owner.read_text() == host:
+    record = home / "montessori-database-host"
+    owner = record.read_text() if record.exists() else ""
+    if claim and not owner:
+        record.write_text(host)
+    if owner in ("", host):
         return {}
     return {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / f'prefect-{host}.db'}"}
 
 
 def _home() -> Path:
     """Return Prefect's folder; make it if it is missing."""
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    from prefect.settings import get_current_settings
+
+    home = get_current_settings().home
     home.mkdir(parents=True, exist_ok=True)
     return home
 

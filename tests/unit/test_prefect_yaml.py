@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import yaml
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
+from prefect.settings import PREFECT_HOME, PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
 from rich.console import Console
 
 from flows import evaluation, experiment, tailor
@@ -190,17 +190,18 @@ def test_shipped_file_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_hosts_that_share_a_home_have_own_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first keeps Prefect's default one: its runs are in it."""
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    assert host_database() == {}  # of a disk of this machine
-    mount = SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")
-    monkeypatch.setattr("flows.prefect_server.psutil.disk_partitions", lambda all: [mount])
-    found = []
-    for host in ("login1", "login2", "login1"):
-        monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda host=host: host)
-        found.append(host_database())
+    """The first with `montessori up` keeps Prefect's default one: its runs are in it. A run alone takes it from nobody."""
+
+    def database_on(host: str, claim: bool = False) -> dict[str, str]:
+        monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda: host)
+        return host_database(claim)
+
     own = f"sqlite+aiosqlite:///{tmp_path / 'prefect-login2.db'}"
-    assert found == [{}, {"PREFECT_SERVER_DATABASE_CONNECTION_URL": own}, {}]
-    monkeypatch.setattr("flows.prefect_server.socket.gethostname", lambda: "login2")
-    with temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: "postgresql+asyncpg://server/prefect"}):
-        assert host_database() == {}
+    with temporary_settings({PREFECT_HOME: tmp_path}):
+        assert database_on("login1", claim=True) == {}  # of a disk of this machine
+        mount = SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")
+        monkeypatch.setattr("flows.prefect_server.psutil.disk_partitions", lambda all: [mount])
+        assert [database_on("node1"), database_on("login1", claim=True), database_on("login1")] == 3 * [{}]
+        assert database_on("login2", claim=True) == {"PREFECT_SERVER_DATABASE_CONNECTION_URL": own}
+        with temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: "postgresql+asyncpg://server/prefect"}):
+            assert database_on("login2") == {}
