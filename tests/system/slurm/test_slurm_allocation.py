@@ -79,7 +79,7 @@ def test_broken_node_uses_up_no_retries(folder: Path) -> None:
     assert results(folder) == local.EXPECTED
     assert sorted(local.computed(folder)) == local.NUMBERS
     nodes = [local.stage(folder).node_of(job_id) for entry in submissions(folder) for job_id in entry.ids or []]
-    assert 1 <= nodes.count("node1") <= 4  # two at first, and up to two until the node is excluded
+    assert 1 <= nodes.count("node1") <= 6  # two at a time, which count once, until the node is excluded after three
 
 
 @pytest.mark.guarantee("allocation ends")
