@@ -667,7 +667,7 @@ def test_other_worker_continues_run_of_killed_one(server: Server, finished: str,
         [busy] = [worker for worker in started if driver in psutil.Process(worker.pid).children(recursive=True)]
         driver.kill()
         busy.kill()
-        server.wait_for(run, "Crashed", seconds=120)
+        server.wait_for(run, "Crashed", seconds=420)  # five minutes without heartbeats
         server.set_state(run, "SCHEDULED")
         server.wait_for(run, "Completed")
     assert len(Ledger(warmup / "jobs").submissions) == 1  # the running training was awaited, not started again
