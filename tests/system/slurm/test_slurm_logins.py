@@ -119,7 +119,7 @@ def test_worker_on_other_login_node_continues_run(
         crashed, other = logins if first == "login1" else reversed(logins)
         assert first == crashed.name
         crashed.crash()
-        server.wait_for(flow_run, "Crashed", seconds=200)
+        server.wait_for(flow_run, "Crashed", seconds=420)
         server.set_state(flow_run, "SCHEDULED")
         wait_until(lambda: driver_in(run).get("host") == other.name, 120)
         server.wait_for(flow_run, "Completed")

@@ -93,7 +93,7 @@ def test_prefect_run_is_cancelled_and_resumed_on_slurm(talking_llama: Path, tmp_
         server.process.wait()
         assert queued()
         server.process = server.up()
-        server.wait_for(lost, "Crashed", seconds=200)
+        server.wait_for(lost, "Crashed", seconds=420)
         server.set_state(lost, "SCHEDULED")
         server.wait_for(lost, "Completed", seconds=900)
         assert len(read_json(ledger)) == 1
