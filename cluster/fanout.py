@@ -236,9 +236,8 @@ class _Driver:
     def _handle_lost_jobs(self, busy: set[int]) -> None:
         """Handle the losses that were noticed; a loss stays noted until it is handled: a file error may come between."""
         self._measure()  # a job that has opened the program counts before one that has not
-        lost = {
-            own_id(job_id) for _, job_id, _ in self._lost
-        }  # at once: they count once, even if they waited in the queue
+        # Jobs that are lost at once count once, even if they waited in the queue.
+        lost = {own_id(job_id) for _, job_id, _ in self._lost}
         started = lost | {own_id(job_id) for job_id in self._alive if self._stage.node_of(job_id)}
         while self._lost:
             submission, job_id, task = self._lost[0]

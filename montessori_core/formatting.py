@@ -157,12 +157,15 @@ def benchmark_name(benchmark: str) -> str:
     return f"{JUDGED_BENCHMARKS[judged]} ({prompts} judge prompts){separator}{against}"
 
 
+def items_name(benchmark: str) -> str:
+    """Return the displayed name of a benchmark whose items are meant, whoever judges the answers."""
+    return JUDGED_BENCHMARKS.get(benchmark, task_name(benchmark))
+
+
 def copies_by_benchmark(row: dict[str, Any]) -> dict[str, str]:
     """Return how many items of each benchmark a method's training sets share, by the benchmark's displayed name."""
     entries = row.get("contamination", [])
-    names = [JUDGED_BENCHMARKS.get(entry["benchmark"], task_name(entry["benchmark"])) for entry in entries]
-    copies = [f"{entry['overlapping']:,} of {entry['items']:,}" for entry in entries]
-    return dict(zip(names, copies, strict=True))
+    return {items_name(entry["benchmark"]): f"{entry['overlapping']:,} of {entry['items']:,}" for entry in entries}
 
 
 def score_name(benchmark: str, metric: str) -> str:

@@ -159,9 +159,8 @@ def _answer_to(question: type[Approval], key: str) -> Approval:
 
 def _raise_unless_passing(error: httpx.HTTPError) -> None:
     """Raise an error of Prefect's client, unless the server or its database is away."""
-    if not isinstance(error, httpx.TransportError) and not (
-        isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
-    ):
+    refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+    if refused or not isinstance(error, httpx.TransportError | httpx.HTTPStatusError):
         raise error
 
 

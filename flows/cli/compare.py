@@ -7,9 +7,9 @@ import typer
 
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
-from flows.cli.options import ClusterFile, on_cluster, warn, with_paths_from
+from flows.cli.options import ClusterFile, enter_started, on_cluster, warn
 from flows.cli.tables import print_comparison
-from tasks.resume import STUDY, command_to_compare, enter_directory, seeds_of
+from tasks.resume import STUDY, command_to_compare, seeds_of
 
 
 def compare(
@@ -31,15 +31,11 @@ def compare(
     from flows.disk import warn_of_study
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
-    from montessori_core.presets import find_configuration
 
     seeds = seeds_of(study.resolve().parent) if study.name == STUDY else []
     if seeds:  # a study that has begun
         study, run_root = study.resolve(), run_root.resolve()
-        cluster = cluster and find_configuration(cluster, "clusters").resolve()
-        here = Path.cwd()
-        enter_directory(seeds[0])
-        set_ = with_paths_from(here, set_ or [])
+        set_, cluster = enter_started(seeds[0], set_ or [], cluster)
     settings = read_study(study, tuple(set_ or []))
     experiment = on_cluster(settings.experiment, cluster, study, set_ or ())
     settings = settings.model_copy(update={"experiment": experiment})

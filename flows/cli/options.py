@@ -27,6 +27,7 @@ from montessori_core.config import (
 from montessori_core.config.yaml import apply_overrides
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.presets import find_configuration
+from tasks.resume import enter_directory
 from tasks.run import Run
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
@@ -124,6 +125,13 @@ def on_cluster(experiment: Experiment, cluster: Path | None, config: Path, overr
     _refuse_cluster_settings(overrides, cluster)
     content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
     return parse_experiment(content, f"{config} with {cluster}")
+
+
+def enter_started(folder: Path, overrides: Sequence[str], cluster: Path | None) -> tuple[list[str], Path | None]:
+    """Go to the directory where the run in a folder was started; return overrides and cluster file as they are meant here."""
+    here, cluster = Path.cwd(), cluster and find_configuration(cluster, "clusters").resolve()
+    enter_directory(folder)
+    return with_paths_from(here, overrides), cluster
 
 
 def with_paths_from(directory: Path, overrides: Sequence[str]) -> list[str]:

@@ -16,17 +16,16 @@ from flows.cli.options import (
     Overrides,
     RunFolder,
     StageName,
+    enter_started,
     on_cluster,
     stage_folder,
     warn,
-    with_paths_from,
 )
 from flows.cli.tables import print_estimate, print_summary
 from montessori_core import layout
 from montessori_core.config import read_experiment, read_yaml
 from montessori_core.config.yaml import apply_overrides
 from montessori_core.errors import UserError
-from montessori_core.presets import find_configuration
 from tasks.resume import STUDY, enter_directory, is_opened, refuse_command_folder, resume_command, study_of
 from tasks.run import Run, open_run, reopen_run
 
@@ -51,10 +50,8 @@ def run(
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
     begun = continued_run(config, run_root, name, tuple(overrides))
     if begun is not None:
-        config, cluster = begun / layout.CONFIG, cluster and find_configuration(cluster, "clusters").resolve()
-        here = Path.cwd()
-        enter_directory(begun)
-        overrides = with_paths_from(here, overrides)
+        config = begun / layout.CONFIG
+        overrides, cluster = enter_started(begun, overrides, cluster)
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config, overrides)
     if as_job:
         check_driver_job(experiment)

@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from montessori_core import formatting
-from montessori_core.formatting import JUDGED_BENCHMARKS, benchmark_name, score_name, task_name
+from montessori_core.formatting import benchmark_name, items_name, score_name
 from montessori_report.figures import (
     AFTER,
     BEFORE,
@@ -268,7 +268,7 @@ def head_to_head_figure(comparisons: Sequence[tuple[str, dict[str, Any]]]) -> Fi
 def _contamination_table(contamination: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     rows = [
         [
-            JUDGED_BENCHMARKS.get(entry["benchmark"], task_name(entry["benchmark"])),
+            items_name(entry["benchmark"]),
             data,
             f"{formatting.count(entry['overlapping'])} of {formatting.count(entry['items'])}",
             formatting.count(entry["n"]),

@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from montessori_core.config import Study, parse_experiment, read_cluster, read_e
 from montessori_core.errors import UserError
 from montessori_core.models.shape import USABLE
 from support import CONFIGS
+from support.full_disk import full_after
 from support.runs import invoke
 from tasks.run import open_run, reopen_run
 
@@ -397,22 +396,12 @@ def test_interrupted_opening_keeps_no_benchmark_of_another_name(
     judge = {"model": "judge"}
     warnings_of(tmp_path / "first", tiny_llama, benchmarks=settings["a"], judge=judge)
 
-    replace = os.replace
     for writes in range(20):
         folder = tmp_path / str(writes)
         shutil.copytree(tmp_path / "first", folder)
-        left = iter(range(writes))
-
-        def replace_some(source: Path, target: Path, left: Iterator[int] = left) -> None:
-            if next(left, None) is None:
-                raise OSError(errno.ENOSPC, "No space left on device", str(target))
-            replace(source, target)
-
-        with monkeypatch.context() as disk:
-            disk.setattr(os, "replace", replace_some)
-            with suppress(UserError):
-                warnings_of(folder, tiny_llama, benchmarks=settings["b"], judge=judge)
-                break
+        with full_after(writes, monkeypatch), suppress(UserError):
+            warnings_of(folder, tiny_llama, benchmarks=settings["b"], judge=judge)
+            break
         warnings_of(folder, tiny_llama, benchmarks=settings["a"], judge=judge)
         copies = folder / "run" / "sources"
         assert (copies / "alpaca_eval.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()

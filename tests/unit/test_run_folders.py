@@ -1,10 +1,7 @@
 """Which folders are runs: a user's files of the same names are neither taken for one nor overwritten."""
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from contextlib import chdir, suppress
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from flows.evaluation import evaluated_experiment, open_evaluation
 from flows.study import open_study
 from montessori_core.config import read_experiment, read_study
 from montessori_core.errors import UserError
+from support.full_disk import full_after
 from support.runs import configuration, invoke
 from tasks.resume import study_of
 from tasks.run import open_run
@@ -91,20 +89,12 @@ def test_run_continues_wherever_its_opening_ended(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if it was opened by a release that wrote no opened.yaml."""
-    experiment, replace = read_experiment(configuration(tmp_path, tiny_llama)), os.replace
+    experiment = read_experiment(configuration(tmp_path, tiny_llama))
     for writes in range(20):
-        folder, left = tmp_path / str(writes) / "run", iter(range(writes))
-
-        def replace_some(source: Path, target: Path, left: Iterator[int] = left) -> None:
-            if next(left, None) is None:
-                raise OSError(errno.ENOSPC, "No space left on device", str(target))
-            replace(source, target)
-
-        with monkeypatch.context() as disk:
-            disk.setattr(os, "replace", replace_some)
-            with suppress(UserError):
-                open_run(experiment, folder)
-                break
+        folder = tmp_path / str(writes) / "run"
+        with full_after(writes, monkeypatch), suppress(UserError):
+            open_run(experiment, folder)
+            break
         open_run(experiment, folder)
         assert continued_run(folder / "config.yaml", None, None, ()) == folder
     assert writes > 4
